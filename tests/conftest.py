@@ -1,0 +1,20 @@
+"""What every test runs under. Set before anything imports torch or a Hugging Face library, and inherited by subprocesses."""
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(tmp_path_factory):
+    "A root for runs that this session throws away; the checkout's own runs/ is left alone."
+    root = tmp_path_factory.mktemp("runs")
+    before = os.environ.get("HMX_RUNS")
+    os.environ["HMX_RUNS"] = str(root)
+    yield root
+    if before is None: del os.environ["HMX_RUNS"]
+    else: os.environ["HMX_RUNS"] = before
