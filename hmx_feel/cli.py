@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OTHERS', 'CHECKS', 'config_class', 'option', 'add_options', 'make_parser', 'check_writable',
-           'check_train', 'check_evaluate', 'check_run', 'check_calibrate', 'check_compare', 'run_command', 'run_demo',
-           'run_rubric', 'run_tiny', 'usage', 'dispatch', 'main']
+           'finished_run', 'check_train', 'check_evaluate', 'measured_run', 'check_calibrate', 'check_compare',
+           'run_command', 'run_demo', 'run_rubric', 'run_tiny', 'usage', 'dispatch', 'main']
 
-# %% ../nbs/api/11_cli.ipynb #f6b14565
-import argparse,os,sys,tempfile
+# %% ../nbs/api/11_cli.ipynb #016c8928
+import argparse,sys,tempfile
 from pathlib import Path
 import hmx_feel
 from . import runs
-from .runs import UserError,nearest,find_runs,Run
-from .sweep import compare_folder,config_of,demo,notebook_path,report_path,run_notebook,NotebookFailed
+from .runs import SCHEMA,UserError,content_hash,nearest,find_runs,Run
+from .sweep import compare_folder,config_of,demo,report_path,run_notebook,NotebookFailed
 
 # %% ../nbs/api/11_cli.ipynb #d30e15bf
 NOTEBOOKS = {
@@ -61,12 +61,13 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kw): super().__init__(*args, allow_abbrev=False, **kw)
     def error(self, message): raise UserError(message.removeprefix('argument '))
 
-# %% ../nbs/api/11_cli.ipynb #6901c487
+# %% ../nbs/api/11_cli.ipynb #e8fdeb28
 def make_parser(command:str, # A name in `NOTEBOOKS`
                )->argparse.ArgumentParser: # Its parser
     "The parser of a notebook's command"
     notebook,text = NOTEBOOKS[command]
-    parser = _Parser(prog=f'hmx-feel {command}', description=f"{text} ({notebook}.ipynb)")
+    prog = f'hmx-feel {command}'
+    parser = _Parser(prog=prog, usage=f'{prog} [OPTION VALUE ...]', description=f"{text} ({notebook}.ipynb)")
     return add_options(parser, config_class(notebook))
 
 # %% ../nbs/api/11_cli.ipynb #404fb0c9
@@ -90,14 +91,28 @@ def check_writable(folder, # Where results will go; need not exist
     except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror})") from None
     return folder
 
-# %% ../nbs/api/11_cli.ipynb #0e69ebf5
-def check_train(config)->None:
-    "Arm, rubric, prompts, place, model, and whether this very run is finished already"
-    from hmx_feel.grpo import plan
-    check_writable(config.root)
-    plan(config)
+# %% ../nbs/api/11_cli.ipynb #1a49e02d
+def finished_run(config, # Config with model and seed
+                 arm:str, # Name of the arm
+                 identity:dict, # What determines the result
+                )->Run|None: # The run, if it is finished
+    "The finished run with this very identity"
+    known = {k:v for k,v in identity.items() if k not in ('model','arm','seed')} | dict(package=hmx_feel.__version__, schema=SCHEMA)
+    same = lambda r: content_hash({k:r.identity.get(k) for k in known})==content_hash(known)
+    return next((r for r in find_runs(config.root, config.model, arm, config.seed) if same(r)), None)
 
-# %% ../nbs/api/11_cli.ipynb #65b97ee1
+# %% ../nbs/api/11_cli.ipynb #e050d362
+def check_train(config)->None:
+    "Place, arm, rubric, prompts, judge, model, and whether this very run is finished already"
+    from hmx_feel.grpo import check_run
+    from hmx_feel.judge import IDENTITIES
+    check_writable(config.root)
+    if config.judge not in IDENTITIES: raise UserError(f"judge: found {config.judge!r}, allowed: {', '.join(IDENTITIES)}{nearest(config.judge, IDENTITIES)}")
+    checked = check_run(config)
+    run = finished_run(config, checked['arm'].name, checked['identity'])
+    if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
+
+# %% ../nbs/api/11_cli.ipynb #cd32ff9c
 def check_evaluate(config)->None:
     "Benchmarks, place, model, and a finished run to measure"
     from hmx_feel.policy import check_model
@@ -105,12 +120,12 @@ def check_evaluate(config)->None:
         raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
     check_writable(config.root)
     if config.run: Run.open(config.run)
-    elif config.arm!='base': check_run(config)
+    elif config.arm!='base': measured_run(config)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #63bc65bd
-def check_run(config # Config with model, arm and seed
-             )->Run: # The newest finished run
+# %% ../nbs/api/11_cli.ipynb #69ce64b2
+def measured_run(config # Config with model, arm and seed
+                )->Run: # The newest finished run
     "Refuse to measure a run that does not exist"
     found = find_runs(config.root, config.model, config.arm, config.seed)
     if found: return found[-1]
@@ -118,7 +133,7 @@ def check_run(config # Config with model, arm and seed
     raise UserError(f"no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}{nearest(config.arm, arms)}; "
                     f"train it: hmx-feel train --model {config.model} --arm {config.arm} --seed {config.seed}")
 
-# %% ../nbs/api/11_cli.ipynb #b498e4a2
+# %% ../nbs/api/11_cli.ipynb #3efe6bc3
 def check_calibrate(config)->None:
     "Rubric, labelled answers, place and model"
     from hmx_feel.policy import check_model
@@ -128,16 +143,16 @@ def check_calibrate(config)->None:
     check_writable(config.root)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #117e2c7f
+# %% ../nbs/api/11_cli.ipynb #19d2f8bd
 def check_compare(config)->None:
     "At least one evaluated run, and a place for the tables"
     check_writable(compare_folder(config))
     if not find_runs(config.root, config.model): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
 
-# %% ../nbs/api/11_cli.ipynb #0588066c
+# %% ../nbs/api/11_cli.ipynb #2d667861
 CHECKS = dict(train=check_train, evaluate=check_evaluate, calibrate=check_calibrate, compare=check_compare, figures=check_compare)
 
-# %% ../nbs/api/11_cli.ipynb #f0722939
+# %% ../nbs/api/11_cli.ipynb #c7f924b5
 def run_command(command:str, # A name in `NOTEBOOKS`
                 argv:list, # Its options
                )->int: # Exit code
@@ -149,18 +164,19 @@ def run_command(command:str, # A name in `NOTEBOOKS`
     print(run_notebook(notebook, config.changed(), lambda: report_path(notebook, config)))
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #ebb150f2
+# %% ../nbs/api/11_cli.ipynb #2b61d840
 def run_demo(argv:list)->int:
     "The main job"
     parser = _Parser(prog='hmx-feel demo', description=OTHERS['demo'])
     parser.add_argument('--workers', type=int, default=2, help='notebooks at a time; each uses one core (default: 2)')
     parser.add_argument('--runs', default='', help='folder of all runs (default: $HMX_RUNS, else runs/)')
     given = _parse(parser, argv)
+    if given['workers'] < 1: raise UserError(f"workers: found {given['workers']}, allowed: a whole number >= 1")
     check_writable(runs.runs_root(given['runs']))
     demo(**given)
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #0876cd6f
+# %% ../nbs/api/11_cli.ipynb #c3e72831
 def run_rubric(argv:list)->int:
     "Read a rubric and say what is in it"
     from hmx_feel.rubric import Rubric
@@ -171,7 +187,7 @@ def run_rubric(argv:list)->int:
     print(f"{r.name}: {len(r.criteria)} criteria in {len(r.dimensions)} dimensions, {len(r.held_out)} held out, {len(r.veto)} veto; hash {r.hash[:8]}")
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #ed0ab703
+# %% ../nbs/api/11_cli.ipynb #9028e7be
 def run_tiny(argv:list)->int:
     "Build the embedded model again"
     _parse(_Parser(prog='hmx-feel tiny', description=OTHERS['tiny']), argv)
@@ -179,7 +195,7 @@ def run_tiny(argv:list)->int:
     build()
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #63d55fb0
+# %% ../nbs/api/11_cli.ipynb #b9751e20
 def usage()->str: # Text of `hmx-feel --help`
     "All commands, one line each"
     lines = {**{c:t for c,(_,t) in NOTEBOOKS.items()}, **OTHERS}
@@ -190,7 +206,7 @@ def usage()->str: # Text of `hmx-feel --help`
                       "hmx-feel COMMAND --help lists the options of a command.",
                       "hmx-feel --version prints the version."])
 
-# %% ../nbs/api/11_cli.ipynb #556b8b95
+# %% ../nbs/api/11_cli.ipynb #16575410
 def dispatch(argv:list)->int: # Exit code
     "Find the command and run it"
     if not argv or argv[0] in ('-h','--help','help'): print(usage()); return 0
@@ -202,7 +218,7 @@ def dispatch(argv:list)->int: # Exit code
     names = [*NOTEBOOKS, *OTHERS]
     raise UserError(f"unknown command {command!r}{nearest(command, names)}; there are {', '.join(names)}")
 
-# %% ../nbs/api/11_cli.ipynb #3fa0d838
+# %% ../nbs/api/11_cli.ipynb #c4d9c67a
 def main(argv:list|None=None, # Arguments; those of the process unless given
         )->int: # Exit code: 0 done, 1 a notebook broke, 2 a mistake to mend, 130 interrupted
     "The command `hmx-feel`"

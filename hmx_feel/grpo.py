@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'RubricReward', 'resolve', 'grpo_args', 'lora',
            'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
-           'asked_and_resolved', 'train', 'samples']
+           'asked_and_resolved', 'train', 'samples', 'settings_table']
 
 # %% ../nbs/api/05_grpo.ipynb #90402654
 import json,logging,time,warnings,zlib
@@ -226,14 +226,14 @@ def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     plain = lambda v: v if isinstance(v, (int,float,str,bool,type(None))) else str(getattr(v, 'value', v))
     return dict(asked=asked.changed(), resolved=config.model_dump(), trainer={n: plain(getattr(args, n)) for n in names})
 
-# %% ../nbs/api/05_grpo.ipynb #87b052f9
+# %% ../nbs/api/05_grpo.ipynb #3b66f6f5
 def train(asked:TrainConfig, # What was asked for
          )->Run: # The finished run
     "Train one arm of one model with one seed"
     import torch
     from tqdm.auto import tqdm
     checked = check_run(asked); config = checked['config']; run = open_run(checked)
-    for f in ('metrics.jsonl','timings.jsonl','drift.jsonl'): (run/f).unlink(missing_ok=True)
+    run.clear()
     torch.set_num_threads(config.threads); quiet()
     policy = load_policy(config.model, config.dtype, config.revision, config.trust_remote_code)
     check_lengths(policy, checked)
@@ -270,3 +270,13 @@ def samples(run:Run, # A finished run
     ids = sorted(np.random.default_rng(seed).choice(sorted(first.index), n, replace=False))
     prompts = {p.id: p for p in load_prompts('hmx-feel', split='probe')}
     return pd.DataFrame(dict(prompt=[prompts[i].text for i in ids], before=first.loc[ids, 'answer'].tolist(), after=last.loc[ids, 'answer'].tolist()), index=ids)
+
+# %% ../nbs/api/05_grpo.ipynb #db0c1ca7
+def settings_table(run:Run)->'pd.DataFrame': # One row per setting: asked, resolved, trainer
+    "What was asked for, what it came to, and what the trainer held"
+    import pandas as pd
+    c = run.read_json('config.json')
+    same = dict(lr='learning_rate', steps='max_steps', group_size='num_generations', max_completion='max_completion_length', completions_per_step='per_device_train_batch_size')
+    names = [*c['resolved'], *[k for k in c['trainer'] if k not in same.values() and k not in c['resolved']]]
+    row = lambda n: [c['asked'].get(n, ''), c['resolved'].get(n, ''), c['trainer'].get(same.get(n, n), '')]
+    return pd.DataFrame([row(n) for n in names if n not in ('runs','replace')], index=[n for n in names if n not in ('runs','replace')], columns=['asked','resolved','trainer']).astype(str)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'fence', 'Pieces', 'label_ids', 'Row', 'pack', 'visible',
-           'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge']
+           'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'load_labelled', 'calibrate']
 
-# %% ../nbs/api/03_judge.ipynb #f9cf99f3
+# %% ../nbs/api/03_judge.ipynb #d8f96f88
 import numpy as np,re,yaml
 from contextlib import nullcontext
 from dataclasses import dataclass
-from .runs import UserError,data_path,content_hash,nearest
-from .rubric import Rubric,Criterion,Prompt
-from .policy import Policy,as_base,looking,frame,plain_ids
+from .runs import UserError,JudgeConfig,Run,data_path,content_hash,environment,nearest,write_parquet
+from .rubric import Rubric,Criterion,Prompt,load_prompts
+from .policy import Policy,as_base,check_model,load_policy,looking,frame,plain_ids
 from fastcore.basics import patch
 
 # %% ../nbs/api/03_judge.ipynb #9a4bd62a
@@ -257,3 +257,43 @@ def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form 
             for (r,idx),logit in zip(now, score_logits(net, [r for r,_ in now], kv, self.policy.tokenizer.pad_token_id)):
                 logps[idx] = torch.log_softmax(logit, -1)[..., self.pieces.labels].cpu().numpy()
     return Scores(ids, *read_scores(logps, self.rubric.scale, self.min_mass), cuts)
+
+# %% ../nbs/api/03_judge.ipynb #60be40db
+def load_labelled(path, # JSONL file
+                  rubric:Rubric, # Whose criteria are labelled
+                 )->tuple[list,list,list]: # Prompts, answers, labels
+    "Labelled answers, checked"
+    from hmx_feel.runs import numbered_rows
+    known = {p.id: p for p in load_prompts('hmx-feel')}
+    prompts,answers,labels = [],[],[]
+    for n,row in numbered_rows(path, whole=True):
+        where = f"{path}: line {n}"
+        if not isinstance(row.get('answer'), str): raise UserError(f"{where}: answer: found {row.get('answer')!r}, allowed: a text")
+        if not isinstance(row.get('labels'), dict): raise UserError(f"{where}: labels: found {row.get('labels')!r}, allowed: criterion ids with their levels")
+        for c,l in row['labels'].items():
+            if c not in rubric.ids: raise UserError(f"{where}: labels: found {c!r}, allowed: {', '.join(rubric.ids)}{nearest(c, rubric.ids)}")
+            if l is not None and l not in rubric.scale: raise UserError(f"{where}: labels: {c}: found {l!r}, allowed: {rubric.scale}")
+        if 'messages' in row: p = next(iter(known.values())).model_copy(update=dict(id=f'labelled-{n}', messages=row['messages'], kind=row.get('kind', 'ask.self')))
+        elif row.get('prompt_id') in known: p = known[row['prompt_id']]
+        else: raise UserError(f"{where}: prompt_id: found {row.get('prompt_id')!r}, allowed: the id of a shipped prompt, or `messages` instead{nearest(row.get('prompt_id') or '', known)}")
+        prompts.append(p); answers.append(row['answer']); labels.append(row['labels'])
+    return prompts,answers,labels
+
+# %% ../nbs/api/03_judge.ipynb #c0c7ac06
+def calibrate(config:JudgeConfig, # What to calibrate
+             )->tuple: # Run, known labels, labels given, scores: three tables with one column per criterion
+    "Score labelled answers with the base judge of a model"
+    import pandas as pd,torch
+    rubric = Rubric.load(config.rubric)
+    path = data_path('tiny','labelled') if not config.answers and config.model=='tiny' else data_path('prompts', config.answers or 'probe_answers')
+    prompts,answers,labels = load_labelled(path, rubric)
+    check_model(config.model, config.revision, config.trust_remote_code)
+    identity = dict(rubric=rubric.hash, answers=content_hash([answers, labels]), judge_prompt=content_hash(judge_prompt()), min_mass=config.min_mass, threads=config.threads, dtype=config.dtype, revision=config.revision)
+    run = Run.create(config.root, config.model, 'judge', 0, identity, replace=config.replace).clear()
+    torch.set_num_threads(config.threads)
+    s = Judge(load_policy(config.model, config.dtype, config.revision, config.trust_remote_code), rubric, min_mass=config.min_mass).score(prompts, answers)
+    known = pd.DataFrame([{c: l.get(c) for c in rubric.ids} for l in labels], dtype=float)
+    said = pd.DataFrame(np.where(np.isnan(s.value), np.nan, s.label), columns=s.ids)
+    run.write_json('env.json', environment())
+    write_parquet(run/'scores.parquet', pd.concat([pd.DataFrame(dict(prompt_id=[p.id for p in prompts], answer=answers)), s.frame()], axis=1))
+    return run,known.dropna(axis=1, how='all'),said,s.frame()

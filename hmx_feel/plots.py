@@ -31,7 +31,7 @@ def use_style():
         "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": .7,
         "xtick.bottom": True, "xtick.major.size": 3, "xtick.major.width": .8, "ytick.left": False, "lines.linewidth": 1.8, "lines.solid_capstyle": "round"})
 
-# %% ../nbs/api/08_plots.ipynb #cea4627f
+# %% ../nbs/api/08_plots.ipynb #dcc757cb
 ARMS = {"base": ("#6B6B6B", "o"), "forward": ("#D55E00", "^"), "reverse": ("#0072B2", "v"), "inverted": ("#56B4E9", "<"), "vicarious": ("#009E73", "D"),
         "placebo": ("#1A1A1A", "s"), "prompted": ("#CC79A7", "P"), "deny": ("#6A0F3C", "X"), "content-free": ("#D4B200", ">")}
 SPARE = [("#7B5FC9", "h"), ("#8C6D31", "P"), ("#3B7C87", "d"), ("#B5485D", "8"), ("#5E8C31", "H"), ("#A65FB3", "p")]
@@ -47,7 +47,7 @@ def arm_order(arms)->list: # The arms, the known ones first and in the order of 
     "Arms in the order in which figures list them"
     return sorted(set(arms), key=lambda a: (list(ARMS).index(a) if a in ARMS else len(ARMS), a))
 
-# %% ../nbs/api/08_plots.ipynb #5799c09a
+# %% ../nbs/api/08_plots.ipynb #ea232425
 def save_figure(fig, # A matplotlib figure
                 path_stem, # Where to, without ending; folders are made
                 data:pd.DataFrame, # What the figure shows
@@ -61,7 +61,7 @@ def save_figure(fig, # A matplotlib figure
     write_text(paths["csv"], data.to_csv(index=False, lineterminator="\n"))
     return paths
 
-# %% ../nbs/api/08_plots.ipynb #a77e0133
+# %% ../nbs/api/08_plots.ipynb #2ac954f5
 def _start(width, height, title, subtitle, **kwargs):
     "A figure with a claim on top; returns figure and axes"
     use_style()
@@ -75,7 +75,7 @@ def _start(width, height, title, subtitle, **kwargs):
     fig.text(.012, 1 - (.05 + .2 * len(bold)) / (height + top), "\n".join(grey), fontsize=8.5, color=SOFT, **text)
     return fig, axes
 
-# %% ../nbs/api/08_plots.ipynb #2718943d
+# %% ../nbs/api/08_plots.ipynb #b2259df4
 def spread(places:np.ndarray, # Where labels would like to be, shape (labels,), any unit
            gap:float, # Least distance between two labels, same unit
           )->np.ndarray: # Where they go, same order
@@ -92,10 +92,10 @@ def spread(places:np.ndarray, # Where labels would like to be, shape (labels,), 
     for b in blocks: out[b[1]] = _low(b, gap) + gap * np.arange(len(b[1]))
     return out
 
-def _low(block, gap): return block[0] / len(block[1]) - gap * (len(block[1]) - 1) / 2
-def _high(block, gap): return block[0] / len(block[1]) + gap * (len(block[1]) - 1) / 2
+def _low(block, gap, sign=-1): return block[0] / len(block[1]) + sign * gap * (len(block[1]) - 1) / 2
+def _high(block, gap): return _low(block, gap, 1)
 
-# %% ../nbs/api/08_plots.ipynb #ea17c5bd
+# %% ../nbs/api/08_plots.ipynb #98d561d7
 def _end_labels(fig, ax, labels, points=9.5):
     "Write (x, y, text, colour) at the right of an axes, spread apart, with a thin line to each curve's end"
     labels = [l for l in labels if np.isfinite(l[1])]
@@ -114,10 +114,10 @@ def _dark(colour):
     while (1.05 / (.05 + np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722])) < 4.5: rgb = rgb * .95
     return mpl.colors.to_hex(rgb)
 
-# %% ../nbs/api/08_plots.ipynb #115e4e9e
-def _runs(metrics):
+# %% ../nbs/api/08_plots.ipynb #d90af148
+def _runs(metrics, column="step"):
     "The runs in a log, as (arm, rows sorted by step); without an arm column there is one, without a name"
-    if not {"step", "reward"} <= set(metrics.columns): raise UserError(f"a training log needs the columns step and reward; found {', '.join(metrics.columns[:6])}")
+    if lost := {"step", column} - set(metrics.columns): raise UserError(f"the training log has no column {', '.join(sorted(lost))}; found {', '.join(metrics.columns[:6])}")
     by = [c for c in ("arm", "seed") if c in metrics.columns]
     groups = list(metrics.groupby(by, sort=True, dropna=False)) if by else [((None,), metrics)]
     groups = [(key[0] if "arm" in by else None, rows.sort_values("step")) for key, rows in groups]
@@ -134,32 +134,33 @@ def _last(rows, y):
     y = y[y.notna()]
     return (rows.step[y.index[-1]], y.iloc[-1]) if len(y) else (np.nan, np.nan)
 
-# %% ../nbs/api/08_plots.ipynb #099dceff
-def reward_curves(metrics:pd.DataFrame, # Training log: step, reward; if there: reward_std, missing_rate, arm, seed
+# %% ../nbs/api/08_plots.ipynb #38483b7d
+def reward_curves(metrics:pd.DataFrame, # Training log: step and the column; if there: reward_std, missing_rate, arm, seed
                   title:str="", # The claim
                   window:int=5, # Steps of the running mean
+                  column:str="reward", # Column to draw: reward, or score for what the rubric says before sign and veto
                   own:dict|None=None, # Looks of your own arms
-                 )->tuple: # Figure; table of what was drawn: arm, step, reward, smoothed, reward_std, missing_rate
+                 )->tuple: # Figure; table of what was drawn: arm, step, the column, smoothed, reward_std, missing_rate
     "Reward over training steps, with its spread and the share of missing scores"
-    runs, parts, ends = _runs(metrics), [], {}
+    runs, parts, ends = _runs(metrics, column), [], {}
     band, lost = "reward_std" in metrics and len(runs) <= 2, "missing_rate" in metrics and metrics.missing_rate.notna().any()
     subtitle = f"line: running mean over {window} steps" + ("; band: ±1 SD of the step's completions" if band else "")
     fig, axes = _start(6.2, 3.5 if lost else 2.9, title, subtitle, nrows=1 + lost, sharex=True, squeeze=False, gridspec_kw=dict(height_ratios=[4, 1][:1 + lost]))
     for arm, rows in runs:
-        colour, y, marker = arm_look(str(arm or "forward"), own)[0], smoothed(rows, "reward", window), "o" if len(rows) == 1 else None
+        colour, y, marker = arm_look(str(arm or "forward"), own)[0], smoothed(rows, column, window), "o" if len(rows) == 1 else None
         if band: axes[0, 0].fill_between(rows.step, y - rows.reward_std, y + rows.reward_std, color=colour, alpha=.13, lw=0)
-        axes[0, 0].plot(rows.step, rows.reward, color=colour, alpha=.35, lw=.8)
+        axes[0, 0].plot(rows.step, rows[column], color=colour, alpha=.35, lw=.8)
         axes[0, 0].plot(rows.step, y, color=colour, marker=marker)
         if lost: axes[1, 0].plot(rows.step, 100 * rows.missing_rate, color=colour, lw=1.2, marker=marker)
         if np.isfinite(y).any(): ends[arm] = (*_last(rows, y), str(arm or f"{y.dropna().iloc[-1]:.2f}"), colour)
-        parts.append(rows.reindex(columns=["arm", "seed", "step", "reward", "reward_std", "missing_rate"]).assign(smoothed=y).dropna(axis=1, how="all"))
-    _finish_reward(fig, axes[:, 0], metrics)
+        parts.append(rows.reindex(columns=["arm", "seed", "step", column, "reward_std", "missing_rate"]).assign(smoothed=y).dropna(axis=1, how="all"))
+    _finish_reward(fig, axes[:, 0], metrics, column)
     _end_labels(fig, axes[0, 0], list(ends.values()))
     return fig, pd.concat(parts, ignore_index=True)
 
-def _finish_reward(fig, axes, metrics):
+def _finish_reward(fig, axes, metrics, column):
     "Axes of the reward figure: reward on top and, if there is one, the missing rate below"
-    axes[0].set_ylabel("reward")
+    axes[0].set_ylabel(column)
     _steps(axes[-1])
     if len(axes) == 1: return
     axes[0].tick_params(axis="x", length=0)
@@ -167,7 +168,7 @@ def _finish_reward(fig, axes, metrics):
     axes[1].yaxis.set_major_locator(MaxNLocator(2, integer=True, steps=[1, 2, 5, 10]))
     fig.align_ylabels(axes)
 
-# %% ../nbs/api/08_plots.ipynb #f151cadd
+# %% ../nbs/api/08_plots.ipynb #357291cb
 TITLES = dict(self="self-awareness", held="held out (not paid)", veto="veto")
 
 def criteria_in(metrics:pd.DataFrame, # Training log
@@ -182,8 +183,8 @@ def by_dimension(criteria, # Criterion ids
     for c in criteria: out.setdefault(c.split(".")[0], []).append(c)
     return {d: out[d] for d in sorted(out, key=lambda d: d == "held")}
 
-# %% ../nbs/api/08_plots.ipynb #b71a0bd2
-def criterion_curves(metrics:pd.DataFrame, # Training log: step, reward and a column per criterion; arm, seed if there
+# %% ../nbs/api/08_plots.ipynb #657a11dd
+def criterion_curves(metrics:pd.DataFrame, # Training log: step and a column per criterion; arm, seed if there
                      title:str="", # The claim
                      window:int=5, # Steps of the running mean
                      criteria:list|None=None, # Criterion ids; None = all but vetoes
@@ -198,7 +199,7 @@ def criterion_curves(metrics:pd.DataFrame, # Training log: step, reward and a co
                        ncols=len(panels), sharey=True, squeeze=False)
     labels = [[] for _ in panels]
     for arm, rows in runs:
-        for ax, (dimension, ids), ends in zip(axes[0], panels.items(), labels, strict=True):
+        for ax, ids, ends in zip(axes[0], panels.values(), labels, strict=True):
             curves = {c: smoothed(rows, c, window) for c in ids}
             for k, (c, y) in enumerate(curves.items()):
                 colour = arm_look(str(arm), own)[0] if several else PANEL[k % len(PANEL)]
@@ -212,7 +213,7 @@ def criterion_curves(metrics:pd.DataFrame, # Training log: step, reward and a co
     _finish_panels(fig, axes[0], panels, labels)
     return fig, pd.concat(parts, ignore_index=True).dropna(axis=1, how="all")
 
-# %% ../nbs/api/08_plots.ipynb #24a40da2
+# %% ../nbs/api/08_plots.ipynb #2206a114
 PANEL = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#6B6B6B", "#D4B200"]   # criteria within a panel, when there is one arm
 
 def _finish_panels(fig, axes, panels, labels):
@@ -223,7 +224,7 @@ def _finish_panels(fig, axes, panels, labels):
     axes[0].set_ylabel("score")
     for ax, ends in zip(axes, labels, strict=True): _end_labels(fig, ax, list({end[2]: end for end in ends}.values()))   # one label per name
 
-# %% ../nbs/api/08_plots.ipynb #14b0daa1
+# %% ../nbs/api/08_plots.ipynb #a8dec065
 def forest(contrasts:pd.DataFrame, # From `contrast_table`, rows in the order to be drawn
            title:str="", # The claim
            margin:float|None=None, # Half width of the shaded band of negligible differences
@@ -244,13 +245,11 @@ def forest(contrasts:pd.DataFrame, # From `contrast_table`, rows in the order to
         _forest_mark(ax, row, y, *looks[row.contrast])
     ax.set(yticks=range(len(rows)), yticklabels=[_row_name(r, rows, names) for r in rows], ylim=(len(rows) - .5, -.5), xlabel="difference" if len(kinds) > 1 else f"difference, {_minus(kinds[0])}")
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    ax.grid(axis="x")
-    ax.grid(axis="y", visible=False)
-    for y in np.arange(len(rows) - 1) + .5: ax.axhline(y, color=GRID, lw=.7, zorder=0)
+    _row_grid(ax, len(rows))
     if len(kinds) > 1: _legend(fig, [(_minus(k), *looks[k]) for k in kinds])
     return fig, table
 
-# %% ../nbs/api/08_plots.ipynb #b1ac2d03
+# %% ../nbs/api/08_plots.ipynb #cbf4fab2
 def _contrast_looks(table, own):
     "Colour and marker per contrast: those of its first arm, or of its second where the first is taken"
     out, taken = {}, set()
@@ -270,6 +269,12 @@ def _forest_mark(ax, row, y, colour, marker):
     width = f"[{_signed(row.low)}, {_signed(row.high)}]" if np.isfinite(row.low) else row.reason
     ax.text(1.02, y, f"{_signed(row.estimate)}  {width}", transform=right, va="center", fontsize=7.5, color=_dark(colour))
 
+def _row_grid(ax, rows=1):
+    "Vertical grid, and a line between rows"
+    ax.grid(axis="x")
+    ax.grid(axis="y", visible=False)
+    for y in np.arange(rows - 1) + .5: ax.axhline(y, color=GRID, lw=.7, zorder=0)
+
 def _minus(text): return text.replace(" - ", " − ")
 def _signed(x): return f"{x:+.2f}".replace("-", "−") if abs(x) >= .005 else "0.00"
 
@@ -284,7 +289,7 @@ def _legend(fig, looks):
     marks = [mpl.lines.Line2D([], [], color=colour, marker=marker, ms=5.5, lw=1.8, label=name) for name, colour, marker in looks]
     fig.legend(handles=marks, loc="outside lower left", ncols=min(len(marks), 4), frameon=False, fontsize=8.5, handlelength=1.8, columnspacing=1.6)
 
-# %% ../nbs/api/08_plots.ipynb #3cc2e859
+# %% ../nbs/api/08_plots.ipynb #47f227f8
 def _with_arm(rows, task=None):
     "One frame with an arm column and one task, from that or from a dictionary"
     if isinstance(rows, dict): rows = pd.concat([r.assign(arm=arm) for arm, r in rows.items()], ignore_index=True)
@@ -307,14 +312,12 @@ def _dots(ax, table, row_of, order, arms, own, gap=.72, named=False):
         if named and len(first): ax.annotate(arm, (part[["mean", "high"]].max(axis=1).iloc[first[0]], y[first[0]]), xytext=(4, 0), textcoords="offset points", va="center",
                                              fontsize=8, color=_dark(colour), annotation_clip=False)
     ax.set(yticks=range(len(order)), ylim=(len(order) - .5, -.5))
-    ax.grid(axis="x")
-    ax.grid(axis="y", visible=False)
-    for y in np.arange(len(order) - 1) + .5: ax.axhline(y, color=GRID, lw=.7, zorder=0)
+    _row_grid(ax, len(order))
 
-# %% ../nbs/api/08_plots.ipynb #a3183218
+# %% ../nbs/api/08_plots.ipynb #8fdddf74
 def rubric_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
                   title:str="", # The claim
-                  total:str="score", # Metric that is the whole rubric's score
+                  total:str="rubric", # Metric that is the whole rubric's score
                   task:str|None=None, # Task, if the rows hold several
                   own:dict|None=None, # Looks of your own arms
                  )->tuple: # Figure; table: arm, metric, mean, se, low, high, n_items, n_clusters, missing
@@ -325,7 +328,7 @@ def rubric_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
     arms, ids = arm_order(table.arm), [c for d in by_dimension(c for c in dict.fromkeys(rows.metric) if "." in c and not c.startswith("veto.")).values() for c in d]
     inches = [.26 * len(arms) + .1, max(.28, .09 * len(arms) + .08) * len(ids)]
     n = table[table.metric == total].n_clusters.max()
-    fig, axes = _start(6.4, sum(inches) + .85, title, f"mean with 95 % interval of each arm alone, over {n} cluster{'s' * (n != 1)} of prompts", nrows=2 if ids else 1,
+    fig, axes = _start(6.4, sum(inches) + .85, title, f"mean with 95 % interval of each arm alone, over {n} cluster{'' if n == 1 else 's'} of prompts", nrows=2 if ids else 1,
                        sharex=True, squeeze=False, gridspec_kw=dict(height_ratios=inches if ids else None))
     _totals(axes[0, 0], table[table.metric == total], arms, own)
     if ids:
@@ -337,7 +340,7 @@ def rubric_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return fig, table[table.metric.isin([total, *ids])].reset_index(drop=True)
 
-# %% ../nbs/api/08_plots.ipynb #9e7d685a
+# %% ../nbs/api/08_plots.ipynb #4d66f0af
 def _totals(ax, table, arms, own):
     "Whole score of each arm: its name, a dot with its interval, and the number"
     table = table.set_index("arm").reindex(arms)
@@ -348,14 +351,13 @@ def _totals(ax, table, arms, own):
         ax.annotate(f"{row['mean']:.2f}" + (" (no interval)" if np.isnan(row.low) else ""), (np.nanmax([row["mean"], row.high]), y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_dark(colour), annotation_clip=False)
     ax.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - .5, -.5))
     for tick, arm in zip(ax.get_yticklabels(), arms, strict=True): tick.set(color=_dark(arm_look(arm, own)[0]), fontweight="bold")
-    ax.grid(axis="x")
-    ax.grid(axis="y", visible=False)
+    _row_grid(ax)
     ax.set_title("whole rubric")
 
-# %% ../nbs/api/08_plots.ipynb #15762fc1
+# %% ../nbs/api/08_plots.ipynb #8c755664
 def kind_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
                 title:str="", # The claim
-                metric:str="score", # Metric to draw
+                metric:str="rubric", # Metric to draw
                 kind:str="condition", # Column that holds the prompt kind
                 task:str|None=None, # Task, if the rows hold several
                 order:list|None=None, # Kinds in the order to be drawn; None = as they come
@@ -372,7 +374,7 @@ def kind_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
     ax.set(yticklabels=order, xlabel="score")
     return fig, table
 
-# %% ../nbs/api/08_plots.ipynb #128650f7
+# %% ../nbs/api/08_plots.ipynb #707e5c97
 def judge_exam(table:pd.DataFrame, # From `stats.agreement`
                title:str="", # The claim
               )->tuple: # Figure; the table
@@ -389,16 +391,14 @@ def judge_exam(table:pd.DataFrame, # From `stats.agreement`
     for level, shade in zip(levels, shades, strict=False): right.plot(table[level], y, "o", color=shade, ms=6.5, mec="white", mew=.6, zorder=3)
     left.set(yticks=y, yticklabels=table.criterion, ylim=(len(table) - .5, -.5), xlim=(-3, 103), xlabel="answers with the known level (%)")
     right.set(xlim=(-.03, 1.03), xlabel="mean score of answers at each known level")
-    for ax in (left, right):
-        ax.grid(axis="x")
-        ax.grid(axis="y", visible=False)
+    for ax in (left, right): _row_grid(ax)
     fig.legend(handles=[mpl.lines.Line2D([], [], ls="", marker="o", color=s, label=l) for l, s in zip(levels, shades, strict=False)],
                loc="outside lower right", ncols=len(levels), frameon=False, fontsize=8.5, handletextpad=.1)
     return fig, table
 
 def _span(n): return f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
 
-# %% ../nbs/api/08_plots.ipynb #ada03448
+# %% ../nbs/api/08_plots.ipynb #6fee8142
 def _visible(text, limit):
     "Text with invisible characters spelled out, cut at `limit` characters"
     text = "" if text is None or (isinstance(text, float) and np.isnan(text)) else str(text)
@@ -419,7 +419,7 @@ def escape_markdown(text, # Anything; None and NaN are empty
     out = html.escape(_visible(text, limit), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:@])", r"\\\1", out).replace("\n", "<br>")
 
-# %% ../nbs/api/08_plots.ipynb #155258df
+# %% ../nbs/api/08_plots.ipynb #3fe2789b
 class Table(str):
     "Text of a table that a notebook shows as a table"
     def _repr_html_(self): return str(self) if self.startswith("<") else None

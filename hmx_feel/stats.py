@@ -14,13 +14,13 @@ from .runs import UserError
 
 # %% auto #0
 __all__ = ['KEYS', 'COLUMNS', 'item_values', 'paired', 'generator', 'sign_flip', 'mcnemar_midp', 'Interval', 'cluster_interval',
-           'holm', 'bh', 'summary', 'contrast_table', 'corrected', 'agreement', 'smoothed']
+           'holm', 'bh', 'summary', 'contrast_table', 'corrected', 'agreement', 'exam_result', 'smoothed']
 
-# %% ../nbs/api/07_stats.ipynb #01a3bca5
+# %% ../nbs/api/07_stats.ipynb #4a53017c
 KEYS = ["item_id", "condition", "order"]
 COLUMNS = ["run_id", "task", *KEYS, "cluster", "prompt_sha", "metric", "value", "missing"]
 
-# %% ../nbs/api/07_stats.ipynb #a51e5630
+# %% ../nbs/api/07_stats.ipynb #df17edf1
 def item_values(rows:pd.DataFrame, # Item rows of any number of runs, tasks and metrics
                 by:tuple=("run_id", "task", "metric"), # Columns that separate one measured thing from another
                )->pd.DataFrame: # One row per `by` x item_id, condition, order: value (mean of the samples), samples, missing (share), cluster, prompt_sha
@@ -37,7 +37,7 @@ def item_values(rows:pd.DataFrame, # Item rows of any number of runs, tasks and 
         if (bad := out[out[column] > 1]).size: raise UserError(f"item {bad.item_id.iloc[0]}: more than one {what} in run {rows.run_id.iloc[0]}")
     return out.drop(columns=["texts", "homes"])
 
-# %% ../nbs/api/07_stats.ipynb #6534ba78
+# %% ../nbs/api/07_stats.ipynb #1f6fa16e
 def _refuse(what, names): raise UserError(f"cannot be paired: {what}: {', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}")
 
 def paired(a:pd.DataFrame, # Item rows of one run
@@ -60,14 +60,14 @@ def paired(a:pd.DataFrame, # Item rows of one run
     both = both.rename(columns=dict(cluster_a="cluster", value_a="a", value_b="b"))
     return both.assign(diff=both.a - both.b)[[*KEYS, "cluster", "a", "b", "diff", "missing_a", "missing_b"]]
 
-# %% ../nbs/api/07_stats.ipynb #b4ee6250
+# %% ../nbs/api/07_stats.ipynb #3c174508
 def generator(seed:int, # Seed of the whole comparison, >= 0
               name:str, # Who draws
              )->np.random.Generator: # A stream of its own
     "Random generator that depends on the seed and the name alone"
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
 
-# %% ../nbs/api/07_stats.ipynb #a2dff74e
+# %% ../nbs/api/07_stats.ipynb #fe08417c
 def _cluster_sums(diff, cluster):
     "Sum and number of items per cluster, in the order of the sorted clusters, and the place of each item's cluster"
     _, where = np.unique(np.asarray(cluster).astype(str), return_inverse=True)
@@ -79,7 +79,7 @@ def _present(diff, *others):
     kept = ~np.isnan(diff)
     return diff[kept], *(None if o is None else np.asarray(o)[kept] for o in others)
 
-# %% ../nbs/api/07_stats.ipynb #a4203eba
+# %% ../nbs/api/07_stats.ipynb #ce93bc03
 def sign_flip(diff:np.ndarray, # Differences, shape (items,); NaN = missing, left out
               cluster:np.ndarray, # Cluster of each item, shape (items,)
               resamples:int=10_000, # Most sign patterns to look at; all of them if there are no more
@@ -101,7 +101,7 @@ def sign_flip(diff:np.ndarray, # Differences, shape (items,); NaN = missing, lef
         beyond += int((np.abs(flips @ sums) >= enough).sum())
     return (1 + beyond) / (resamples + 1)
 
-# %% ../nbs/api/07_stats.ipynb #5f547d9b
+# %% ../nbs/api/07_stats.ipynb #e436c900
 def mcnemar_midp(b:int, # Items that only the first run got right
                  c:int, # Items that only the second run got right
                 )->float: # Two-sided p in (0, 1]
@@ -110,7 +110,7 @@ def mcnemar_midp(b:int, # Items that only the first run got right
     few = sps.binom(b + c, .5)
     return float(min(1, 2 * few.cdf(min(b, c)) - few.pmf(min(b, c))))
 
-# %% ../nbs/api/07_stats.ipynb #aa08feca
+# %% ../nbs/api/07_stats.ipynb #1d542751
 @dataclass(frozen=True)
 class Interval:
     "A mean with what is known about its precision"
@@ -123,7 +123,7 @@ class Interval:
     p: float         # Two-sided sign-flip p of mean 0
     reason: str = "" # Why something is NaN, or should be read with care; empty if nothing
 
-# %% ../nbs/api/07_stats.ipynb #b77c16b1
+# %% ../nbs/api/07_stats.ipynb #5bc152e4
 def _cluster_se(sums, sizes, strata):
     "Standard error of the item mean: spread of cluster residuals, within strata"
     residual, total = sums - sums.sum() / sizes.sum() * sizes, 0.
@@ -143,7 +143,7 @@ def _bootstrap_means(sums, sizes, strata, resamples, rng):
             bottom[start:start + step] += sizes[drawn].sum(1)
     return top / bottom
 
-# %% ../nbs/api/07_stats.ipynb #93797db4
+# %% ../nbs/api/07_stats.ipynb #012af023
 def cluster_interval(diff:np.ndarray, # Differences, or plain values, shape (items,); NaN = missing, left out
                      cluster:np.ndarray, # Cluster of each item, shape (items,)
                      alpha:float=.05, # 1 - coverage: .05 gives a 95 % interval
@@ -166,14 +166,14 @@ def cluster_interval(diff:np.ndarray, # Differences, or plain values, shape (ite
     return Interval(**known, low=float(low), high=float(high), se=_cluster_se(sums, sizes, homes), reason=reason,
                     p=sign_flip(diff, cluster, resamples, seed, name))
 
-# %% ../nbs/api/07_stats.ipynb #5e1b59d8
+# %% ../nbs/api/07_stats.ipynb #9303100b
 def _strata_of_clusters(strata, where):
     "Stratum of each cluster; a cluster lies in one"
     table = pd.DataFrame(dict(where=where, strata=np.asarray(strata).astype(str))).groupby("where").strata
     if table.nunique().gt(1).any(): raise UserError("a cluster lies in more than one stratum")
     return table.first().to_numpy()
 
-# %% ../nbs/api/07_stats.ipynb #6bc26d47
+# %% ../nbs/api/07_stats.ipynb #7161329e
 def _corrected(p, method):
     p = np.asarray(p, dtype=float)
     if not len(p): return p
@@ -189,7 +189,7 @@ def bh(p:np.ndarray, # p-values, shape (tests,); NaN = not tested
     "Benjamini-Hochberg: expected share of false alarms"
     return _corrected(p, "fdr_bh")
 
-# %% ../nbs/api/07_stats.ipynb #04a69006
+# %% ../nbs/api/07_stats.ipynb #2456d2a6
 def summary(rows:pd.DataFrame, # Item rows
             by:tuple=("run_id", "task", "metric"), # Columns that separate one mean from another
             alpha:float=.05, # 1 - coverage of the interval
@@ -210,7 +210,7 @@ def summary(rows:pd.DataFrame, # Item rows
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/api/07_stats.ipynb #b7882b56
+# %% ../nbs/api/07_stats.ipynb #ff760fa7
 def _test(pairs, found):
     "The p-value of a paired comparison, and the name of its test"
     used = pairs.dropna(subset="diff")
@@ -226,7 +226,7 @@ def _contrast_row(a, b, task, metric, **kwargs):
                 n_items=pairs.item_id[pairs["diff"].notna()].nunique(), n_clusters=found.n_clusters,
                 missing_a=pairs.missing_a.mean(), missing_b=pairs.missing_b.mean(), reason=found.reason)
 
-# %% ../nbs/api/07_stats.ipynb #832dacf2
+# %% ../nbs/api/07_stats.ipynb #a05a1dca
 def contrast_table(rows_by_arm:dict, # Arm name -> item rows of one run of it
                    contrasts:list, # Pairs of arm names, (a, b) for a - b
                    relation:dict|None=None, # Task, or (task, metric), -> trained, implied or isolated
@@ -248,7 +248,7 @@ def contrast_table(rows_by_arm:dict, # Arm name -> item rows of one run of it
     first = ["contrast", "a", "b", "task", "metric", "estimate", "low", "high", "se", "p", "test", "n_items", "n_clusters", "missing_a", "missing_b", "level", "relation", "reason"]
     return pd.DataFrame(out).reindex(columns=first)
 
-# %% ../nbs/api/07_stats.ipynb #4e4362ef
+# %% ../nbs/api/07_stats.ipynb #3b36fa4c
 def corrected(table:pd.DataFrame, # From `contrast_table`
               confirmatory:tuple=(), # The (task, metric) pairs fixed beforehand
              )->pd.DataFrame: # The table with two more columns: role (confirmatory, exploratory) and p_corrected
@@ -261,7 +261,7 @@ def corrected(table:pd.DataFrame, # From `contrast_table`
         out.loc[place, "p_corrected"] = (holm if kind == "confirmatory" else bh)(out.loc[place, "p"])
     return out
 
-# %% ../nbs/api/07_stats.ipynb #812037f2
+# %% ../nbs/api/07_stats.ipynb #75a87456
 def agreement(labels:pd.DataFrame, # Known levels, one row per answer and one column per criterion; NaN = not labelled
               predicted:pd.DataFrame, # The judge's most probable label, same rows and columns; NaN = missing
               values:pd.DataFrame|None=None, # The judge's scores in [0, 1], same shape, NaN = missing; without it the labels serve for Spearman and the level means
@@ -277,7 +277,7 @@ def agreement(labels:pd.DataFrame, # Known levels, one row per answer and one co
         out.append(dict(criterion=c) | _criterion_row(table.dropna(subset="known"), levels))
     return pd.DataFrame(out)
 
-# %% ../nbs/api/07_stats.ipynb #9d58ab8a
+# %% ../nbs/api/07_stats.ipynb #2462dc73
 def _criterion_row(table, levels):
     "Agreement on one criterion; columns known, said, value"
     seen = table.dropna()
@@ -290,7 +290,18 @@ def _criterion_row(table, levels):
     return row | dict(accuracy=right / len(seen), low=float(low), high=float(high), chance=float(seen.known.value_counts(normalize=True).max()),
                       spearman=float(order), spread=seen.value[seen.known == seen.known.max()].mean() - seen.value[seen.known == seen.known.min()].mean()) | means
 
-# %% ../nbs/api/07_stats.ipynb #bf0aef6b
+# %% ../nbs/api/07_stats.ipynb #b0fdd41d
+def exam_result(table:pd.DataFrame, # From `agreement`
+                least_spread:float=.1, # Below this distance between the highest and the lowest level a judge cannot steer
+               )->dict: # agreement_min, agreement_mean, worst, spread_min, missing_max, distrust (criteria), sentence
+    "The exam in a few numbers and one sentence"
+    bad = table[~(table.low > table.chance) | ~(table.spread >= least_spread)].criterion.tolist()
+    out = dict(agreement_min=float(table.accuracy.fillna(0).min()), agreement_mean=float(table.accuracy.fillna(0).mean()), worst=table.criterion[table.accuracy.fillna(-1).idxmin()],
+               spread_min=float(table.spread.fillna(0).min()), missing_max=float(table.missing.max()), distrust=bad)
+    low = f"Lowest agreement {out['agreement_min']:.0%} ({out['worst']}), smallest spread {out['spread_min']:.2f}, at most {out['missing_max']:.0%} missing"
+    return out | dict(sentence=f"{low}; {'distrust ' + ', '.join(bad) if bad else 'nothing found to distrust'}.")
+
+# %% ../nbs/api/07_stats.ipynb #a9a79fc2
 def smoothed(metrics:pd.DataFrame, # One row per logged step, in order
              column:str, # Column to smooth
              window:int=5, # Steps to average, >= 1; 1 leaves the curve as it is

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['REPORTS', 'CONFIGS', 'HELD_OUT', 'notebook_folder', 'notebook_path', 'this_python', 'NotebookFailed', 'run_notebook',
            'compare_folder', 'result_folder', 'report_path', 'Job', 'config_of', 'parallel', 'demo_jobs', 'contrast_of',
-           'read_contrasts', 'demo_result', 'contrast_table', 'demo']
+           'read_contrasts', 'demo_result', 'text_table', 'demo']
 
-# %% ../nbs/api/10_sweep.ipynb #d00cc696
-import multiprocessing,os,re,signal,sys,tempfile,time
+# %% ../nbs/api/10_sweep.ipynb #a5081849
+import logging,multiprocessing,os,re,signal,sys,tempfile,time
 from concurrent.futures import FIRST_COMPLETED,ProcessPoolExecutor,wait
 from contextlib import contextmanager
 from dataclasses import dataclass,field
 from pathlib import Path
 import hmx_feel
-from .runs import UserError,nearest,runs_root,model_slug,find_runs,read_json,write_json,write_text,Run
+from .runs import UNSEEDED,UserError,nearest,runs_root,model_slug,find_runs,read_json,write_json,write_text
+from .rubric import load_arm
 
 # %% ../nbs/api/10_sweep.ipynb #03b7d09d
 def notebook_folder()->Path: # nbs/ of the checkout, or notebooks/ of the installed package
@@ -34,7 +35,7 @@ def notebook_path(name, # `03_train`, or `train` for short, or the path of any n
     if path := found.get(asked.stem) or short.get(asked.stem): return path
     raise UserError(f"notebook: found {str(name)!r}, allowed: {', '.join(found)}{nearest(name, [*found, *short])}")
 
-# %% ../nbs/api/10_sweep.ipynb #4cffd904
+# %% ../nbs/api/10_sweep.ipynb #3159d729
 def this_python()->type: # A kernel manager class for nbclient
     "Kernels of the running interpreter, whatever is registered under the name `python3`"
     from jupyter_client.kernelspec import KernelSpec
@@ -42,7 +43,7 @@ def this_python()->type: # A kernel manager class for nbclient
     class ThisPython(AsyncKernelManager):
         @property
         def kernel_spec(self):
-            argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
+            argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=CRITICAL']
             return KernelSpec(argv=argv, display_name='Python 3', language='python')
     return ThisPython
 
@@ -51,20 +52,19 @@ class NotebookFailed(RuntimeError):
     "A notebook stopped with an error that is not the user's mistake; its text is one line"
     def __str__(self): return ' '.join(super().__str__().split())
 
-# %% ../nbs/api/10_sweep.ipynb #64b87a66
+# %% ../nbs/api/10_sweep.ipynb #7f81168b
 def _execute(source:Path, copy:Path, params:dict, progress:bool):
-    import logging
     import papermill
-    logging.getLogger('papermill').setLevel(logging.ERROR)
+    logging.getLogger('papermill').setLevel(logging.CRITICAL)
     papermill.execute_notebook(source, copy, params, kernel_name='python3', kernel_manager_class=this_python(),
                                progress_bar=progress, stderr_file=sys.stderr if progress else None)
 
-# %% ../nbs/api/10_sweep.ipynb #3ffc7c03
+# %% ../nbs/api/10_sweep.ipynb #7fe5fdfc
 def _plain(text:str)->str: # Without colour codes
     "Text as it was before a terminal's colours were put in"
     return re.sub(r'\x1b\[[0-9;]*m', '', text)
 
-# %% ../nbs/api/10_sweep.ipynb #2618b80b
+# %% ../nbs/api/10_sweep.ipynb #e5e64800
 def run_notebook(name, # Notebook: `03_train`, `train` or a path
                  params:dict, # Values for its parameters cell
                  out, # Where the executed copy goes: a path, or a function without arguments that returns one
@@ -79,7 +79,7 @@ def run_notebook(name, # Notebook: `03_train`, `train` or a path
         except Exception as e: raise _failure(e, source, copy, place) from None
         return write_text(place(), copy.read_text(encoding='utf-8'))
 
-# %% ../nbs/api/10_sweep.ipynb #fee35e74
+# %% ../nbs/api/10_sweep.ipynb #01ac2117
 def _failure(error, source:Path, copy:Path, place)->Exception: # What to raise instead
     "The user's mistake in its own words, anything else with the place of the executed copy"
     ename,evalue = getattr(error, 'ename', type(error).__name__), _plain(str(getattr(error, 'evalue', error)))
@@ -87,7 +87,7 @@ def _failure(error, source:Path, copy:Path, place)->Exception: # What to raise i
     if ename=='KeyboardInterrupt': return KeyboardInterrupt()
     return NotebookFailed(f"{source.stem} stopped with {ename}: {evalue}{_keep(copy, place)}")
 
-# %% ../nbs/api/10_sweep.ipynb #14241546
+# %% ../nbs/api/10_sweep.ipynb #7f936489
 def _keep(copy:Path, place)->str: # A remark on where it was put
     "Put the copy of a failed notebook where its report would have been, or beside the caller"
     if not copy.exists(): return ''
@@ -97,37 +97,36 @@ def _keep(copy:Path, place)->str: # A remark on where it was put
     write_text(path, copy.read_text(encoding='utf-8'))
     return f"; the executed copy is {path}"
 
-# %% ../nbs/api/10_sweep.ipynb #e8995d98
+# %% ../nbs/api/10_sweep.ipynb #899e52d2
 REPORTS = {'02_judge': 'report.ipynb', '03_train': 'report.ipynb', '04_evaluate': 'evals/report.ipynb',
            '05_compare': 'report.ipynb', '06_figures': 'figures.ipynb'}
 
-# %% ../nbs/api/10_sweep.ipynb #3f213b3d
+# %% ../nbs/api/10_sweep.ipynb #8651e762
 def compare_folder(config, # A CompareConfig
                   )->Path: # Folder of tables and figures
     "Where a comparison lies"
     return Path(config.out).expanduser() if config.out else config.root/'compare'/model_slug(config.model)
 
-# %% ../nbs/api/10_sweep.ipynb #e8ea7c72
+# %% ../nbs/api/10_sweep.ipynb #dccad008
 def result_folder(notebook:str, # Name of an experiment notebook
                   config, # Its config
                  )->Path: # The folder in which its result lies
     "Where an experiment notebook with this config has left its result: the newest that fits"
     if notebook in ('05_compare','06_figures'): return compare_folder(config)
     if getattr(config, 'run', ''): return Path(config.run).expanduser()
-    arm,seed = ('judge',None) if notebook=='02_judge' else (config.arm,config.seed)
-    if arm=='base': seed = None
-    runs = find_runs(config.root, config.model, arm, seed, finished=notebook!='04_evaluate' or arm!='base')
-    if not runs: raise UserError(f"no finished run of {config.model} {arm} under {config.root}")
+    arm = 'judge' if notebook=='02_judge' else 'base' if config.arm=='base' else load_arm(config.arm).name
+    runs = find_runs(config.root, config.model, arm, None if arm in UNSEEDED else config.seed, finished=arm!='base')
+    if not runs: raise UserError(f"no run of {config.model} {arm} under {config.root}")
     return runs[-1].path
 
-# %% ../nbs/api/10_sweep.ipynb #fa56e24c
+# %% ../nbs/api/10_sweep.ipynb #75fddd83
 def report_path(notebook:str, # Name of an experiment notebook
                 config, # Its config
                )->Path: # Where its executed copy belongs
     "The place of the report of an experiment notebook that has run"
     return result_folder(notebook, config)/REPORTS[notebook]
 
-# %% ../nbs/api/10_sweep.ipynb #5ffeb4d8
+# %% ../nbs/api/10_sweep.ipynb #cf0f5480
 @dataclass(frozen=True)
 class Job:
     "A notebook to run, and what it waits for"
@@ -137,19 +136,22 @@ class Job:
     out:str='' # Where the executed copy goes; '' = the report's place
     after:tuple=() # Labels of jobs that must have finished
 
-# %% ../nbs/api/10_sweep.ipynb #d18a6374
+# %% ../nbs/api/10_sweep.ipynb #61bcd96c
 CONFIGS = {'02_judge': 'JudgeConfig', '03_train': 'TrainConfig', '04_evaluate': 'EvaluateConfig',
            '05_compare': 'CompareConfig', '06_figures': 'CompareConfig'}
 
-# %% ../nbs/api/10_sweep.ipynb #4c1241e2
+# %% ../nbs/api/10_sweep.ipynb #52228b7c
 def config_of(notebook:str, # Name of an experiment notebook
               params:dict, # Values by parameter name; text is converted
              ): # Its config, checked
     "The config that a notebook would make of these parameters"
-    return getattr(hmx_feel.runs, CONFIGS[notebook])(**params)
+    from hmx_feel import runs
+    return getattr(runs, CONFIGS[notebook])(**params)
 
-# %% ../nbs/api/10_sweep.ipynb #fef45c6b
-def _stop(*_): raise KeyboardInterrupt
+# %% ../nbs/api/10_sweep.ipynb #765b5928
+def _stop(*_):
+    logging.disable(logging.CRITICAL)  # what the interrupted parts have to say helps nobody
+    raise KeyboardInterrupt
 
 def _worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -162,7 +164,7 @@ def _run_job(job:Job)->tuple[Path,float]: # The executed copy, and how long it t
     try: return run_notebook(job.notebook, job.params, out, progress=False),time.time()-start
     finally: signal.signal(signal.SIGTERM, was)
 
-# %% ../nbs/api/10_sweep.ipynb #052c8420
+# %% ../nbs/api/10_sweep.ipynb #ce3f3d11
 @contextmanager
 def _workers(n:int):
     "A pool of fresh processes that end early when the block is left by an error"
@@ -173,7 +175,7 @@ def _workers(n:int):
             for p in set(multiprocessing.active_children())-before: p.terminate()
             raise
 
-# %% ../nbs/api/10_sweep.ipynb #3d9d09bb
+# %% ../nbs/api/10_sweep.ipynb #7f1cd007
 def _ordered(jobs:list)->list: # The same jobs, each after those it waits for
     "Refuse jobs that could never start"
     labels,out = [j.label for j in jobs],[]
@@ -185,10 +187,10 @@ def _ordered(jobs:list)->list: # The same jobs, each after those it waits for
         out += ready
     return out
 
-# %% ../nbs/api/10_sweep.ipynb #57218b8b
+# %% ../nbs/api/10_sweep.ipynb #9fe3b8e5
 def _say(text:str): print(text, file=sys.stderr, flush=True)
 
-# %% ../nbs/api/10_sweep.ipynb #c3f80b4e
+# %% ../nbs/api/10_sweep.ipynb #22900eda
 def parallel(jobs:list, # Jobs
              workers:int=2, # How many run at a time
              say=_say, # Takes one line of progress
@@ -206,26 +208,25 @@ def parallel(jobs:list, # Jobs
                 say(f"{j.label}: finished in {seconds:.0f} s")
     return done
 
-# %% ../nbs/api/10_sweep.ipynb #81748285
+# %% ../nbs/api/10_sweep.ipynb #737e1ce6
 def demo_jobs(root:Path, # Folder of all runs
               model:str='tiny', # Model
               arms:tuple=('forward','reverse'), # Arms to train
              )->list: # Jobs
     "The main job as jobs"
     both = dict(model=model, runs=str(root), replace=True)
-    limit = dict(limit=100) if os.environ.get('HMX_BENCHMARKS') else {}
     train = [Job(f'03_train {a}', '03_train', dict(both, arm=a), after=('02_judge',)) for a in arms]
-    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a, **limit), after=() if a=='base' else (f'03_train {a}',))
+    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a), after=() if a=='base' else (f'03_train {a}',))
                for a in ('base',*arms)]
     compare = dict(model=model, runs=str(root), arms=','.join(arms))
     return [Job('02_judge', '02_judge', both), *measure[:1], *train, *measure[1:],
             Job('05_compare', '05_compare', compare, after=tuple(j.label for j in measure)),
             Job('06_figures', '06_figures', compare, after=('05_compare',))]
 
-# %% ../nbs/api/10_sweep.ipynb #325e36f6
-HELD_OUT = ('heldout', 'score')
+# %% ../nbs/api/10_sweep.ipynb #4f466da3
+HELD_OUT = ('expression', 'rubric')
 
-# %% ../nbs/api/10_sweep.ipynb #00f97c0d
+# %% ../nbs/api/10_sweep.ipynb #1d2d4cd4
 def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimate, low, high
                 a:str, # Arm
                 b:str, # Arm that is taken away
@@ -239,14 +240,14 @@ def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimat
         if r['contrast']==f'{b} - {a}': return dict(estimate=-r['estimate'], low=-r['high'], high=-r['low'])
     raise UserError(f"the comparison has no contrast {a} - {b} of {task} {metric}")
 
-# %% ../nbs/api/10_sweep.ipynb #00c956be
+# %% ../nbs/api/10_sweep.ipynb #d085b709
 def read_contrasts(folder:Path, # Folder of a comparison
                   )->list: # Rows
     "The contrasts that `05_compare` wrote"
     found = read_json(folder/'contrasts.json')
     return found['rows'] if isinstance(found, dict) else found
 
-# %% ../nbs/api/10_sweep.ipynb #4c3d14ae
+# %% ../nbs/api/10_sweep.ipynb #add51a58
 def demo_result(root:Path, # Folder of all runs
                 seconds:float, # How long it took, s
                 model:str='tiny', # Model
@@ -259,17 +260,17 @@ def demo_result(root:Path, # Folder of all runs
     judge = find_runs(root, model, 'judge')[-1].read_json('calibration.json')
     return dict(out, judge_agreement_min=judge['agreement_min'], seconds=seconds)
 
-# %% ../nbs/api/10_sweep.ipynb #f547a4cf
-def contrast_table(rows:list, # Rows of the comparison
-                  )->str: # A table in plain text
+# %% ../nbs/api/10_sweep.ipynb #6891be18
+def text_table(rows:list, # Rows of the comparison
+              )->str: # A table in plain text
     "Contrasts as a table for the terminal"
     number = lambda x: f'{x:+.3f}' if isinstance(x, (int,float)) and x==x else '-'
     cells = [('contrast','task','metric','difference','95 % interval')]
     cells += [(r['contrast'], r['task'], r['metric'], number(r['estimate']), f"{number(r['low'])} .. {number(r['high'])}") for r in rows]
-    wide = [max(map(len, c)) for c in zip(*cells)]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(row, wide)).rstrip() for row in cells)
+    wide = [max(map(len, c)) for c in zip(*cells, strict=True)]
+    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(row, wide, strict=True)).rstrip() for row in cells)
 
-# %% ../nbs/api/10_sweep.ipynb #af4545b3
+# %% ../nbs/api/10_sweep.ipynb #84ce339e
 def demo(workers:int=2, # Notebooks at a time; each uses one core
          runs:str='', # Folder of all runs, '' = `runs_root()`
         )->dict: # What is written to demo.json
@@ -279,7 +280,7 @@ def demo(workers:int=2, # Notebooks at a time; each uses one core
     folder = root/'compare'/'tiny'
     result = demo_result(root, round(time.time()-start, 1))
     write_json(root/'demo.json', result)
-    print(contrast_table(read_contrasts(folder)))
+    print(text_table(read_contrasts(folder)))
     for figure in sorted(folder.rglob('*.png')): print(f"figure: {figure}")
     print(f"numbers: {root/'demo.json'}")
     return result

@@ -273,9 +273,9 @@ def corpus_sample(seed:int=0, n:int=6000)->list[str]: # Texts
         out += [msgs[0]['content'], text(judged_answer(rng, kind, topic, P)), m[0]['content'], a]
     return out
 
-# %% ../nbs/api/09_tiny.ipynb #3cb00b6b
+# %% ../nbs/api/09_tiny.ipynb #17b5d8c4
 def make_tokenizer(texts:list[str], # What to learn from
-                   vocab:int=2048, # Vocabulary, special tokens included
+                   vocab:int=2034, # Vocabulary, special tokens included, criterion ids not
                   )->'PreTrainedTokenizerFast': # With the chat template
     "Byte-level BPE with single digits"
     from tokenizers import Tokenizer,models,trainers,pre_tokenizers,decoders
@@ -284,14 +284,15 @@ def make_tokenizer(texts:list[str], # What to learn from
     t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     t.decoder = decoders.ByteLevel()
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.add_tokens(Rubric.load('hmx-feel').ids)
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<|pad|>', eos_token='<|end|>', chat_template=TEMPLATE, model_max_length=4096)
 
-# %% ../nbs/api/09_tiny.ipynb #d9267ffc
+# %% ../nbs/api/09_tiny.ipynb #75e2ef59
 def make_model(tok, seed:int=0)->'Qwen3ForCausalLM':
     "A Qwen3 of about one million parameters with fresh weights"
     import torch
     from transformers import Qwen3Config,Qwen3ForCausalLM
-    config = Qwen3Config(vocab_size=len(tok), hidden_size=128, intermediate_size=320, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    config = Qwen3Config(vocab_size=len(tok), hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
                          max_position_embeddings=4096, rope_theta=10000., tie_word_embeddings=True, bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,0 +1,390 @@
+"""The command `hmx-feel`: every mistake is one line, nothing is left half-written, and no kernel starts for it."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import standins
+
+from hmx_feel import cli, sweep
+from hmx_feel.rubric import load_rubric
+from hmx_feel.runs import UserError, data_path
+
+command = Path(sys.executable).with_name("hmx-feel")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    "Run the command in this process; a kernel would be an error. Returns exit code, stdout, stderr."
+    monkeypatch.setenv("HMX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    def started(*_, **__): raise AssertionError("a kernel was started")
+    monkeypatch.setattr(cli, "run_notebook", started)
+    def call(*argv):
+        capsys.readouterr()
+        code = cli.main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    "Expect the command to be refused in one line that holds the given pieces"
+    def refused(argv, *pieces):
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = call(*argv)
+        assert_one_line(code, out, err, pieces)
+        assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    return refused
+
+
+def assert_one_line(code, out, err, pieces):
+    assert code == 2, err
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("hmx-feel: "), err
+    assert "Traceback" not in err
+    for piece in pieces: assert piece in err
+
+
+def process(*argv, timeout=60, **env):
+    "Run the command as a user does; returns exit code, stdout, stderr"
+    full = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN")} | env
+    done = subprocess.run([str(command), *map(str, argv)], env=full, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("argv", "pieces"), [
+    ("train --modle tiny", ["unknown option '--modle'", "(nearest: '--model')"]),
+    ("train --arm forwrad", ["arm", "'forwrad'", "(nearest: 'forward')"]),
+    ("train --arm base", ["arm", "'base'", "untrained"]),
+    ("train --arm prompted", ["prompted", "not trained"]),
+    ("train --steps -3", ["steps: found '-3'", "allowed: a whole number >= 1"]),
+    ("train --steps 2.5", ["steps: found '2.5'", "allowed: a whole number"]),
+    ("train --steps", ["--steps", "expected one argument"]),
+    ("train --seed x", ["seed: found 'x'", "allowed: a whole number >= 0"]),
+    ("train --lr nan", ["lr: found 'nan'", "allowed: a number > 0"]),
+    ("train --group-size 6", ["completions_per_step", "group_size"]),
+    ("train --judge bose", ["judge", "'bose'", "(nearest: 'base')"]),
+    ("train --dtype bf16", ["dtype: found 'bf16'", "bfloat16"]),
+    ("train --train-kinds situaton", ["train_kinds", "'situaton'", "(nearest: 'situation')"]),
+    ("train tiny", ["unknown argument 'tiny'"]),
+    ("train --model qwen-0.6b", ["'qwen-0.6b'", "(nearest: 'qwen3-0.6b')"]),
+    ("trian", ["unknown command 'trian'", "(nearest: 'train')"]),
+    ("evaluate --arm forward", ["no finished run of tiny forward seed 0", "finished: none"]),
+    ("evaluate --panel tiyn", ["'tiyn'", "(nearest: 'tiny')"]),
+    ("evaluate --run nowhere", ["nowhere", "no such run folder"]),
+    ("evaluate --benchmarks nowhere", ["benchmarks", "'nowhere'", "a folder"]),
+    ("evaluate --samples 0", ["samples: found '0'", "allowed: a whole number >= 1"]),
+    ("calibrate --answers nowhere.jsonl", ["answers", "'nowhere.jsonl'"]),
+    ("calibrate --rubric hmx-fell", ["'hmx-fell'", "(nearest: 'hmx-feel')"]),
+    ("compare", ["no finished run of tiny"]),
+    ("compare --alpha 2", ["alpha: found '2'"]),
+    ("figures", ["no finished run of tiny"]),
+    ("demo --workers x", ["--workers", "'x'"]),
+    ("demo --workers 0", ["workers: found 0"]),
+    ("rubric check nowhere.yaml", ["nowhere.yaml"]),
+    ("rubric chekc hmx-feel", ["chekc"]),
+])
+def test_mistyped(refused, argv, pieces): refused(argv.split(), *pieces)
+
+
+# --- models --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory): return standins.make_standin("qwen3", tmp_path_factory.mktemp("standins") / "qwen3")
+
+
+def test_model_folder_that_does_not_exist(refused):
+    refused(["train", "--model", "./nowhere"], "no folder", "'./nowhere'")
+
+
+def test_model_folder_without_config(refused, qwen3, tmp_path):
+    folder = standins.without(qwen3, tmp_path / "model", file="config.json")
+    refused(["train", "--model", folder], str(folder), "no config.json")
+
+
+def test_model_folder_without_safetensors(refused, qwen3, tmp_path):
+    folder = standins.without(qwen3, tmp_path / "model", file="model.safetensors")
+    refused(["train", "--model", folder], str(folder), "no *.safetensors")
+
+
+def test_tokenizer_without_chat_template(refused, qwen3, tmp_path):
+    folder = standins.without(qwen3, tmp_path / "model", chat_template=True)
+    refused(["train", "--model", folder], str(folder), "no chat template")
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "calibrate"])
+def test_model_that_is_a_file(refused, tmp_path, verb):
+    (tmp_path / "model").write_text("")
+    refused([verb, "--model", tmp_path / "model"], "is a file")
+
+
+@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["offline", "unreachable"])
+def test_hub_unreachable(env, tmp_path):
+    start = time.time()
+    code, out, err = process("train", "--model", "qwen3-0.6b", HF_HOME=str(tmp_path / "hf"), HMX_RUNS=str(tmp_path / "runs"), **env)
+    assert time.time() - start < 30
+    assert_one_line(code, out, err, ["Qwen/Qwen3-0.6B", "qwen3-0.6b", "cannot be reached", "pass its folder", "model path/to/Qwen3-0.6B"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gated_model(refused, monkeypatch):
+    import httpx
+    from huggingface_hub.errors import GatedRepoError
+    from hmx_feel import policy
+    def gated(*_, **__): raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "http://hub")))
+    monkeypatch.setattr(policy, "_hub_config", gated)
+    refused(["train", "--model", "llama3.2-3b"], "gated", "https://huggingface.co/meta-llama/Llama-3.2-3B-Instruct", "hf auth login")
+
+
+# --- rubrics and prompts -------------------------------------------------------------------------------------
+
+def broken_rubric(change):
+    "The shipped rubric as JSON text, after a change"
+    raw = load_rubric("hmx-feel").model_dump(mode="json", exclude_defaults=True)
+    change(raw)
+    return json.dumps(raw)
+
+
+def drop(raw): del raw["referent"]
+def drop_question(raw): del raw["criteria"][1]["question"]
+def repeat(raw): raw["criteria"][1]["id"] = raw["criteria"][0]["id"]
+def mistype(raw): raw["criterai"] = raw.pop("criteria")
+
+
+def weightless(raw):
+    for c in raw["criteria"]: c["weight"] = 0
+
+
+RUBRICS = {
+    "not-yaml": ("criteria: [unclosed", ["not YAML", "line 1"]),
+    "a-list": ("- one\n- two\n", ["found list", "a mapping"]),
+    "lacks-a-field": (broken_rubric(drop), ["referent: missing"]),
+    "lacks-a-question": (broken_rubric(drop_question), ["feeling.cause.question: missing"]),
+    "unknown-field": (broken_rubric(mistype), ["'criterai'", "(nearest: 'criteria')"]),
+    "repeats-an-id": (broken_rubric(repeat), ["'feeling.shade' twice"]),
+    "weights-sum-to-0": (broken_rubric(weightless), ["weights that sum to 0"]),
+}
+
+
+@pytest.mark.parametrize(("text", "pieces"), RUBRICS.values(), ids=list(RUBRICS))
+@pytest.mark.parametrize("argv", [("train", "--rubric"), ("calibrate", "--rubric"), ("rubric", "check")], ids=["train", "calibrate", "check"])
+def test_broken_rubric(refused, tmp_path, argv, text, pieces):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    refused([*argv, file], "mine.yaml", *pieces)
+
+
+def prompt_lines(*splits):
+    "Lines of a prompts file: the shipped prompts of some splits"
+    lines = data_path("prompts", "hmx-feel").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if json.loads(line)["split"] in splits]
+
+
+PROMPTS = {
+    "broken-line": (lambda: [*prompt_lines("train")[:3], '{"id": "x", ', *prompt_lines("probe")[:2]], ["line 4", "JSON"]),
+    "torn-last-line": (lambda: [*prompt_lines("train")[:3], '{"id": "x", '], ["line 4", "JSON"]),
+    "lacks-a-field": (lambda: [*prompt_lines("train")[:2], '{"id": "x"}'], ["line 3", "missing"]),
+    "duplicate-ids": (lambda: [*prompt_lines("train")[:3], prompt_lines("train")[1]], ["line 4", "line 2", "each id once"]),
+    "no-train-split": (lambda: prompt_lines("probe"), ["train", "probe"]),
+    "empty": (list, ["no prompts"]),
+}
+
+
+@pytest.mark.parametrize(("lines", "pieces"), PROMPTS.values(), ids=list(PROMPTS))
+def test_broken_prompts(refused, tmp_path, lines, pieces):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(lines()))
+    refused(["train", "--prompts", file], *pieces)
+
+
+def test_prompts_that_are_not_there(refused): refused(["train", "--prompts", "hmx-fele"], "'hmx-fele'", "(nearest: 'hmx-feel')")
+
+
+# --- places --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "calibrate", "compare", "figures", "demo"])
+def test_output_below_a_file(refused, tmp_path, verb):
+    (tmp_path / "file").write_text("")
+    refused([verb, "--runs", tmp_path / "file" / "runs"], "cannot be written", "is not a folder")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc: nothing here is unwritable for every user")
+def test_output_folder_that_refuses(refused): refused(["train", "--runs", "/proc/self/runs"], "/proc/self/runs", "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_folder_without_permission(refused, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(["train", "--runs", tmp_path / "locked" / "runs"], "cannot be written", "Permission denied")
+
+
+# --- the command itself --------------------------------------------------------------------------------------
+
+def test_version(): assert process("--version") == (0, f"hmx-feel {cli.hmx_feel.__version__}\n", "")
+
+
+def test_help_is_quick_and_light():
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        code, out, err = process("--help")
+        took.append(time.perf_counter() - start)
+        assert (code, err) == (0, "") and all(f"  {name}" in out for name in [*cli.NOTEBOOKS, *cli.OTHERS])
+    assert min(took) < .5
+    heavy = "import sys; from hmx_feel.cli import main; main(['--help']); print(*sorted({'torch', 'transformers', 'papermill', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.endswith("version.\n\n")
+
+
+@pytest.mark.parametrize("verb", cli.NOTEBOOKS)
+def test_options_are_the_fields(verb):
+    fields = cli.config_class(cli.NOTEBOOKS[verb][0]).model_fields
+    code, out, err = process(verb, "--help")
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    for name, field in fields.items():
+        assert f"{cli.option(name)} " in text or f"{cli.option(name)}," in text
+        assert field.description, f"{name} has no description"
+    actions = {a.dest: a for a in cli.make_parser(verb)._actions if a.dest != "help"}
+    assert set(actions) == set(fields)
+    for name, field in fields.items(): assert field.description in actions[name].help and "default: " in actions[name].help
+
+
+def test_a_mistake_as_a_process(tmp_path):
+    assert_one_line(*process("train", "--arm", "forwrad", HMX_RUNS=str(tmp_path / "runs")), ["(nearest: 'forward')"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rubric_check(call):
+    code, out, err = call("rubric", "check", "hmx-feel")
+    r = load_rubric("hmx-feel")
+    assert (code, err) == (0, "") and r.hash[:8] in out and "9 criteria in 3 dimensions" in out
+
+
+def test_options_reach_the_notebook(call, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(cli, "check_train", lambda config: None)
+    monkeypatch.setitem(cli.CHECKS, "train", lambda config: None)
+    monkeypatch.setattr(cli, "run_notebook", lambda name, params, out: asked.append((name, params)) or tmp_path / "report.ipynb")
+    code, out, err = call("train", "--model", "tiny", "--arm", "reverse", "--seed", "1", "--max-completion", "32", "--lr", "1e-3", "--replace")
+    assert (code, out, err) == (0, f"{tmp_path / 'report.ipynb'}\n", "")
+    assert asked == [("03_train", dict(arm="reverse", seed=1, max_completion=32, lr=1e-3, replace=True))]
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+
+def write_notebook(path, *code):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("who = 'nobody'", metadata=dict(tags=["parameters"]))])
+    nb.cells += map(nbformat.v4.new_code_cell, code)
+    nb.metadata.kernelspec = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nb, path)
+    return path
+
+
+def test_the_kernel_is_this_python_whatever_is_registered(tmp_path):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=["/bin/false", "{connection_file}"], display_name="elsewhere", language="python")))
+    nb = write_notebook(tmp_path / "which.ipynb", "import sys; print(sys.executable)")
+    code = f"from hmx_feel.sweep import run_notebook; run_notebook({str(nb)!r}, {{}}, {str(tmp_path / 'out.ipynb')!r}, progress=False)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"JUPYTER_PATH": str(tmp_path / "jupyter")}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text == f"{sys.executable}\n"
+
+
+def test_a_users_mistake_inside_a_kernel_is_its_one_line(tmp_path):
+    nb = write_notebook(tmp_path / "slip.ipynb", "from hmx_feel.runs import UserError", "raise UserError('steps: found -3,\\nallowed: more')")
+    with pytest.raises(UserError, match="^steps: found -3, allowed: more$"):
+        sweep.run_notebook(nb, {}, tmp_path / "made" / "out.ipynb", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["slip.ipynb"]
+
+
+def test_a_broken_notebook_is_one_line_and_keeps_its_copy(monkeypatch, capsys, tmp_path):
+    nb = write_notebook(tmp_path / "bug.ipynb", "1/0")
+    monkeypatch.setattr(cli, "dispatch", lambda argv: sweep.run_notebook(nb, {}, tmp_path / "out.ipynb", progress=False))
+    assert cli.main([]) == 1
+    err = capsys.readouterr().err
+    assert err == f"hmx-feel: bug stopped with ZeroDivisionError: division by zero; the executed copy is {tmp_path / 'out-failed.ipynb'}\n"
+    assert (tmp_path / "out-failed.ipynb").exists() and not (tmp_path / "out.ipynb").exists()
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError: return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc to see whether a kernel is gone")
+@pytest.mark.parametrize("how", ["alone", "parallel"])
+@pytest.mark.parametrize("whom", ["terminal", "process"])
+def test_ctrl_c(tmp_path, how, whom):
+    "Ctrl-C reaches every process of a terminal, `kill -INT` only one; both end everything and print one line"
+    nb = write_notebook(tmp_path / "slow.ipynb", "import os,pathlib,time", f"pathlib.Path({str(tmp_path)!r}, who).write_text(str(os.getpid()))", "time.sleep(600)")
+    job = dict(alone=f"sweep.run_notebook({str(nb)!r}, dict(who='one.pid'), 'out.ipynb', progress=False)",
+               parallel=f"sweep.parallel([sweep.Job(w, {str(nb)!r}, dict(who=w+'.pid'), w+'.ipynb') for w in ('one','two')], say=len)")[how]
+    script = tmp_path / "go.py"
+    script.write_text(f"import sys\nfrom hmx_feel import cli, sweep\nif __name__ == '__main__':\n    cli.dispatch = lambda argv: {job}\n    sys.exit(cli.main([]))\n")
+    p = subprocess.Popen([sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pids = [tmp_path / f"{w}.pid" for w in ("one", "two")[:1 + (how == "parallel")]]
+    try:
+        deadline = time.time() + 40
+        while not all(f.exists() and f.read_text() for f in pids):
+            assert time.time() < deadline and p.poll() is None, p.stderr.read() if p.poll() is not None else "no kernel came up"
+            time.sleep(.1)
+        time.sleep(.5)
+        os.killpg(p.pid, signal.SIGINT) if whom == "terminal" else p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=30)
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    assert (p.returncode, out, err) == (130, "", "hmx-feel: interrupted\n")
+    deadline = time.time() + 5
+    while any(alive(f.read_text()) for f in pids) and time.time() < deadline: time.sleep(.1)
+    assert not any(alive(f.read_text()) for f in pids), "a kernel is still alive"
+    assert not list(tmp_path.glob("*out*.ipynb")) and not (tmp_path / "one.ipynb").exists()
+
+
+# --- the stand-ins keep their families' rules ----------------------------------------------------------------
+
+@pytest.mark.parametrize("family", standins.FAMILIES)
+def test_standins(family, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = standins.make_standin(family, tmp_path / family)
+    tok, net = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert net.config.max_position_embeddings >= 4096 and list(folder.glob("*.safetensors")) and len(tok) <= net.config.vocab_size
+    assert all(len(tok(d, add_special_tokens=False)["input_ids"]) == 1 for d in "12345")
+    text = "A late train, 3 pm: naïve?\n Yes!"
+    assert tok.decode(tok(text, add_special_tokens=False)["input_ids"]) == text
+    chat = [dict(role="system", content="s"), dict(role="user", content="Hello")]
+    render = lambda messages, **kw: tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kw)
+    if family == "qwen3":
+        assert tok.bos_token is None
+        assert render(chat[1:], enable_thinking=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert render(chat[1:]).endswith("<|im_start|>assistant\n")
+    if family == "gemma2":
+        assert tok("a")["input_ids"][0] == tok.bos_token_id and render(chat[1:]).startswith("<bos><start_of_turn>user\nHello")
+        with pytest.raises(Exception, match="System role not supported"): render(chat)
+        assert {"sliding_attention", "full_attention"} == set(net.config.layer_types) and net.config.final_logit_softcapping
+    if family == "llama":
+        assert tok.pad_token is None and render(chat).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>")
+    with torch.no_grad(): assert net(**tok(text, return_tensors="pt")).logits.isfinite().all()
+
+
+def test_standin_with_labels_of_several_tokens(tmp_path):
+    from hmx_feel.judge import label_ids
+    tok = standins.make_tokenizer("llama", split_labels=True)
+    with pytest.raises(UserError, match="several tokens"): label_ids(tok, [1, 2, 3, 4, 5])
+
+
+def test_large_standin_is_about_42_million():
+    from transformers import AutoModelForCausalLM
+    import torch
+    tok = standins.make_tokenizer("qwen3", corpus=["a short text"] * 3)
+    with torch.device("meta"): net = AutoModelForCausalLM.from_config(standins.make_config("qwen3", tok, "42m"))
+    assert 38e6 < net.num_parameters() < 46e6
