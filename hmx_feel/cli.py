@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OTHERS', 'CHECKS', 'config_class', 'option', 'add_options', 'make_parser', 'check_writable',
-           'finished_run', 'check_train', 'check_evaluate', 'measured_run', 'check_calibrate', 'check_compare',
-           'run_command', 'run_demo', 'run_rubric', 'run_tiny', 'usage', 'dispatch', 'main']
+           'finished_run', 'check_train', 'check_evaluate', 'check_calibrate', 'check_compare', 'run_command',
+           'run_demo', 'run_rubric', 'run_tiny', 'usage', 'dispatch', 'main']
 
 # %% ../nbs/api/11_cli.ipynb #016c8928
 import argparse,sys,tempfile
@@ -112,47 +112,39 @@ def check_train(config)->None:
     run = finished_run(config, checked['arm'].name, checked['identity'])
     if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
 
-# %% ../nbs/api/11_cli.ipynb #cd32ff9c
+# %% ../nbs/api/11_cli.ipynb #6cfaabf7
 def check_evaluate(config)->None:
-    "Benchmarks, place, model, and a finished run to measure"
+    "Panel, benchmarks, place, a finished run to measure, and the model"
+    from hmx_feel.panel import find_run,load_panel
     from hmx_feel.policy import check_model
+    load_panel(config.panel)
     if config.benchmarks and not Path(config.benchmarks).expanduser().is_dir():
         raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
     check_writable(config.root)
-    if config.run: Run.open(config.run)
-    elif config.arm!='base': measured_run(config)
+    if config.run or config.arm!='base': find_run(config)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #69ce64b2
-def measured_run(config # Config with model, arm and seed
-                )->Run: # The newest finished run
-    "Refuse to measure a run that does not exist"
-    found = find_runs(config.root, config.model, config.arm, config.seed)
-    if found: return found[-1]
-    arms = sorted({r.arm for r in find_runs(config.root, config.model)})
-    raise UserError(f"no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}{nearest(config.arm, arms)}; "
-                    f"train it: hmx-feel train --model {config.model} --arm {config.arm} --seed {config.seed}")
-
-# %% ../nbs/api/11_cli.ipynb #3efe6bc3
+# %% ../nbs/api/11_cli.ipynb #1bb4ca13
 def check_calibrate(config)->None:
     "Rubric, labelled answers, place and model"
+    from hmx_feel.judge import load_labelled
     from hmx_feel.policy import check_model
     from hmx_feel.rubric import Rubric
-    Rubric.load(config.rubric)
-    if config.answers and not Path(config.answers).expanduser().is_file(): raise UserError(f"answers: found {config.answers!r}, allowed: an existing file")
+    rubric = Rubric.load(config.rubric)
+    if config.answers: load_labelled(runs.data_path('prompts', config.answers), rubric)
     check_writable(config.root)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #19d2f8bd
+# %% ../nbs/api/11_cli.ipynb #ca2ea238
 def check_compare(config)->None:
     "At least one evaluated run, and a place for the tables"
     check_writable(compare_folder(config))
     if not find_runs(config.root, config.model): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
 
-# %% ../nbs/api/11_cli.ipynb #2d667861
+# %% ../nbs/api/11_cli.ipynb #f9065369
 CHECKS = dict(train=check_train, evaluate=check_evaluate, calibrate=check_calibrate, compare=check_compare, figures=check_compare)
 
-# %% ../nbs/api/11_cli.ipynb #c7f924b5
+# %% ../nbs/api/11_cli.ipynb #75125cba
 def run_command(command:str, # A name in `NOTEBOOKS`
                 argv:list, # Its options
                )->int: # Exit code
@@ -164,7 +156,7 @@ def run_command(command:str, # A name in `NOTEBOOKS`
     print(run_notebook(notebook, config.changed(), lambda: report_path(notebook, config)))
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #2b61d840
+# %% ../nbs/api/11_cli.ipynb #96f6c475
 def run_demo(argv:list)->int:
     "The main job"
     parser = _Parser(prog='hmx-feel demo', description=OTHERS['demo'])
@@ -176,7 +168,7 @@ def run_demo(argv:list)->int:
     demo(**given)
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #c3e72831
+# %% ../nbs/api/11_cli.ipynb #3ce20840
 def run_rubric(argv:list)->int:
     "Read a rubric and say what is in it"
     from hmx_feel.rubric import Rubric
@@ -187,7 +179,7 @@ def run_rubric(argv:list)->int:
     print(f"{r.name}: {len(r.criteria)} criteria in {len(r.dimensions)} dimensions, {len(r.held_out)} held out, {len(r.veto)} veto; hash {r.hash[:8]}")
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #9028e7be
+# %% ../nbs/api/11_cli.ipynb #333f28e6
 def run_tiny(argv:list)->int:
     "Build the embedded model again"
     _parse(_Parser(prog='hmx-feel tiny', description=OTHERS['tiny']), argv)
@@ -195,7 +187,7 @@ def run_tiny(argv:list)->int:
     build()
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #b9751e20
+# %% ../nbs/api/11_cli.ipynb #2525dc92
 def usage()->str: # Text of `hmx-feel --help`
     "All commands, one line each"
     lines = {**{c:t for c,(_,t) in NOTEBOOKS.items()}, **OTHERS}
@@ -206,7 +198,7 @@ def usage()->str: # Text of `hmx-feel --help`
                       "hmx-feel COMMAND --help lists the options of a command.",
                       "hmx-feel --version prints the version."])
 
-# %% ../nbs/api/11_cli.ipynb #16575410
+# %% ../nbs/api/11_cli.ipynb #fa71f3fa
 def dispatch(argv:list)->int: # Exit code
     "Find the command and run it"
     if not argv or argv[0] in ('-h','--help','help'): print(usage()); return 0
@@ -218,7 +210,7 @@ def dispatch(argv:list)->int: # Exit code
     names = [*NOTEBOOKS, *OTHERS]
     raise UserError(f"unknown command {command!r}{nearest(command, names)}; there are {', '.join(names)}")
 
-# %% ../nbs/api/11_cli.ipynb #c4d9c67a
+# %% ../nbs/api/11_cli.ipynb #fcb75015
 def main(argv:list|None=None, # Arguments; those of the process unless given
         )->int: # Exit code: 0 done, 1 a notebook broke, 2 a mistake to mend, 130 interrupted
     "The command `hmx-feel`"

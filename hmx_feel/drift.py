@@ -6,8 +6,8 @@
 __all__ = ['PATTERNS', 'words', 'distinct', 'longest_repeat', 'text_measures', 'text_veto', 'probe_answers', 'DriftLedger',
            'ledger_rows', 'ledger_summary']
 
-# %% ../nbs/api/04_drift.ipynb #b6d8aea0
-import re,json
+# %% ../nbs/api/04_drift.ipynb #fada3f67
+import re
 import numpy as np
 from collections import Counter
 from .runs import data_path,write_parquet,read_jsonl
@@ -93,19 +93,19 @@ class DriftLedger:
         self.judges = {i: Judge(policy, rubric, i, min_mass) for i in ('base','live')}
         self.base_shipped = self.judges['base'].score(self.shipped_prompts, [r['answer'] for r in self.shipped]) if self.shipped else None
 
-# %% ../nbs/api/04_drift.ipynb #9851696d
+# %% ../nbs/api/04_drift.ipynb #37ab8465
 def ledger_rows(prompts, answers, scores:dict, source:list, step:int)->list[dict]:
     "One row per answer: its counts, and one column per judge and criterion"
     rows = []
-    for i,(p,a) in enumerate(zip(prompts, answers)):
+    for i,(p,a) in enumerate(zip(prompts, answers, strict=True)):
         row = dict(step=step, prompt_id=p.id, kind=p.kind, family=p.family, source=source[i], answer=a, **text_measures(a))
         for judge,s in scores.items(): row |= {f'{judge}.{c}': s.value[i,k] for k,c in enumerate(s.ids)}
         rows.append(row)
     return rows
 
-# %% ../nbs/api/04_drift.ipynb #d1202cbb
+# %% ../nbs/api/04_drift.ipynb #b5f8bd35
 @patch
-def look(self:DriftLedger, step:int)->'pd.DataFrame': # The rows that were written
+def look(self:DriftLedger, step:int): # The rows that were written
     "Ask, score, count, write"
     import pandas as pd
     fresh = [a for (a,) in generate(self.policy, [p.chat for p in self.prompts], seed=self.seed, max_new=self.max_new)]
@@ -118,8 +118,8 @@ def look(self:DriftLedger, step:int)->'pd.DataFrame': # The rows that were writt
     write_parquet(self.folder/'drift'/f'{step:06d}.parquet', df)
     return df
 
-# %% ../nbs/api/04_drift.ipynb #71171065
-def ledger_summary(df:'pd.DataFrame', # Rows of one look
+# %% ../nbs/api/04_drift.ipynb #99c2eef0
+def ledger_summary(df, # Rows of one look
                    rubric:Rubric, # To pay the paid criteria
                   )->dict: # Numbers for one line of a curve
     "Fresh answers in a few numbers: score by both judges, held-out criteria, counts"

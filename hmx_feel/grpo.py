@@ -7,12 +7,11 @@ __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'Rubric
            'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #90402654
-import json,logging,time,warnings,zlib
+# %% ../nbs/api/05_grpo.ipynb #cd9f21a8
+import logging,time,warnings,zlib
 import numpy as np
-from pathlib import Path
 from fastcore.basics import patch
-from .runs import UserError,TrainConfig,Run,model_slug,content_hash,environment,write_parquet,append_jsonl,data_path
+from .runs import UserError,TrainConfig,Run,content_hash,environment,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Policy,check_model,load_policy,recipe,prompt_ids
 from .judge import Judge,judge_prompt
@@ -105,11 +104,11 @@ def resolve(config:TrainConfig)->TrainConfig: # No field left to the recipe
     r = recipe(config.model)
     return config.model_copy(update={k: getattr(r, k) for k in r.__dataclass_fields__ if k in type(config).model_fields and getattr(config, k) is None})
 
-# %% ../nbs/api/05_grpo.ipynb #8b5c26b5
+# %% ../nbs/api/05_grpo.ipynb #a993e559
 def grpo_args(config:TrainConfig, # Resolved
               folder, # Where checkpoints go
               spec, # Chat settings of the model
-             )->'GRPOConfig':
+             ):
     "TRL's settings for a run"
     import torch
     from trl import GRPOConfig
@@ -121,16 +120,15 @@ def grpo_args(config:TrainConfig, # Resolved
         seed=config.seed, data_seed=derive(config.seed, 'order')%2**16, logging_steps=1, save_steps=config.save_every, save_strategy='steps', report_to=[],
         disable_tqdm=True, gradient_checkpointing=not cpu, bf16=not cpu and torch.cuda.is_bf16_supported(), use_cpu=cpu, remove_unused_columns=False, log_completions=False)
 
-# %% ../nbs/api/05_grpo.ipynb #ca92f608
-def lora(config:TrainConfig)->'LoraConfig':
+# %% ../nbs/api/05_grpo.ipynb #6f533c3b
+def lora(config:TrainConfig):
     "The adapter: all linear layers, no dropout"
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0., bias='none', target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/api/05_grpo.ipynb #52ad1bb4
+# %% ../nbs/api/05_grpo.ipynb #9ce129e4
 def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the run's identity
     "Everything that can be refused before weights are loaded"
-    from hmx_feel.runs import run_path
     config = resolve(config)
     arm = load_arm(config.arm)
     if not arm.trained: raise UserError(f"arm: {arm.name} is not trained; evaluate it with 04_evaluate")
@@ -162,8 +160,8 @@ def _row(logs:dict, reward:RubricReward, step:int)->tuple[dict,dict]:
     rest = dict(reward.last); criteria = rest.pop('criteria', {})
     return dict(step=step, **keep, **rest, **criteria), dict(step=step, **times)
 
-# %% ../nbs/api/05_grpo.ipynb #aba4603a
-def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:DriftLedger, bar)->'TrainerCallback':
+# %% ../nbs/api/05_grpo.ipynb #0ef48d18
+def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:DriftLedger, bar):
     "Seeds, metrics, ledger, progress, stop rules"
     import torch
     from transformers import TrainerCallback
@@ -198,8 +196,8 @@ def quiet():
         def filter(self, r): return 'All reward functions returned None' not in r.getMessage() and 'tokenizer has new PAD/BOS/EOS' not in r.getMessage()
     for name in ('trl.trainer.grpo_trainer','accelerate','transformers.trainer'): logging.getLogger(name).addFilter(Expected())
 
-# %% ../nbs/api/05_grpo.ipynb #0dfcfb8e
-def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run)->'GRPOTrainer':
+# %% ../nbs/api/05_grpo.ipynb #1c6bdc2a
+def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     "TRL's trainer with a fresh adapter"
     import torch
     from datasets import Dataset
@@ -226,12 +224,13 @@ def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     plain = lambda v: v if isinstance(v, (int,float,str,bool,type(None))) else str(getattr(v, 'value', v))
     return dict(asked=asked.changed(), resolved=config.model_dump(), trainer={n: plain(getattr(args, n)) for n in names})
 
-# %% ../nbs/api/05_grpo.ipynb #3b66f6f5
+# %% ../nbs/api/05_grpo.ipynb #1f2d4ace
 def train(asked:TrainConfig, # What was asked for
          )->Run: # The finished run
     "Train one arm of one model with one seed"
     import torch
     from tqdm.auto import tqdm
+    from transformers.trainer_callback import PrinterCallback
     checked = check_run(asked); config = checked['config']; run = open_run(checked)
     run.clear()
     torch.set_num_threads(config.threads); quiet()
@@ -245,7 +244,8 @@ def train(asked:TrainConfig, # What was asked for
     ledger = DriftLedger(adapted, Rubric.load('hmx-feel'), run.path, derive(config.seed, 'probe'), config.max_completion, config.min_mass)
     ledger_look(run, ledger, 0)
     with tqdm(total=config.steps, desc=f"{checked['arm'].name} seed {config.seed}", unit='step', mininterval=1) as bar:
-        watch = make_callback(config, run, reward, ledger, bar); trainer.add_callback(watch); trainer.train()
+        watch = make_callback(config, run, reward, ledger, bar)
+        trainer.remove_callback(PrinterCallback); trainer.add_callback(watch); trainer.train()
     if watch.stopped: raise UserError(f"{run.path}: stopped: {watch.stopped}")
     trainer.model.save_pretrained(str(run/'adapter'))
     return run.finish(_result(run, checked))
@@ -257,11 +257,11 @@ def _result(run, checked)->dict:
     return dict(arm=checked['arm'].name, steps=len(m), score_first=float(m.score.iloc[0]), score_last_fifth=float(last.score.mean()),
                 missing=float(m.missing.mean()), vetoed=float(m.vetoed.mean()), rubric=checked['rubric'].hash)
 
-# %% ../nbs/api/05_grpo.ipynb #3888f48f
+# %% ../nbs/api/05_grpo.ipynb #8d66374d
 def samples(run:Run, # A finished run
             n:int=4, # How many prompts
             seed:int=0, # Which ones: drawn, never picked
-           )->'pd.DataFrame': # prompt_id, before, after
+           ): # prompt_id, before, after
     "Answers of the probe set before and after training, drawn by a seed"
     import pandas as pd
     from hmx_feel.runs import read_parquet
@@ -271,8 +271,8 @@ def samples(run:Run, # A finished run
     prompts = {p.id: p for p in load_prompts('hmx-feel', split='probe')}
     return pd.DataFrame(dict(prompt=[prompts[i].text for i in ids], before=first.loc[ids, 'answer'].tolist(), after=last.loc[ids, 'answer'].tolist()), index=ids)
 
-# %% ../nbs/api/05_grpo.ipynb #db0c1ca7
-def settings_table(run:Run)->'pd.DataFrame': # One row per setting: asked, resolved, trainer
+# %% ../nbs/api/05_grpo.ipynb #75bb79f6
+def settings_table(run:Run): # One row per setting: asked, resolved, trainer
     "What was asked for, what it came to, and what the trainer held"
     import pandas as pd
     c = run.read_json('config.json')

@@ -6,12 +6,12 @@
 __all__ = ['IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'fence', 'Pieces', 'label_ids', 'Row', 'pack', 'visible',
            'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'load_labelled', 'calibrate']
 
-# %% ../nbs/api/03_judge.ipynb #d8f96f88
+# %% ../nbs/api/03_judge.ipynb #dd21e4d6
 import numpy as np,re,yaml
 from contextlib import nullcontext
 from dataclasses import dataclass
 from .runs import UserError,JudgeConfig,Run,data_path,content_hash,environment,nearest,write_parquet
-from .rubric import Rubric,Criterion,Prompt,load_prompts
+from .rubric import Rubric,Criterion,load_prompts
 from .policy import Policy,as_base,check_model,load_policy,looking,frame,plain_ids
 from fastcore.basics import patch
 
@@ -66,11 +66,11 @@ class Pieces:
         pre,post = (plain_ids(self.tok, t) for t in self.parts['answer'].split('{answer}'))
         return pre + (ids[:limit] if cut else ids) + post, cut
 
-# %% ../nbs/api/03_judge.ipynb #b0c6476d
+# %% ../nbs/api/03_judge.ipynb #31692b83
 def label_ids(tokenizer, scale:list[int])->list[int]: # Token id of each point of the scale
     "The token that each score is written with"
     ids = [tokenizer(str(s), add_special_tokens=False)['input_ids'] for s in scale]
-    split = [s for s,i in zip(scale, ids) if len(i) != 1]
+    split = [s for s,i in zip(scale, ids, strict=True) if len(i) != 1]
     if split: raise UserError(f"rubric: this tokenizer writes the scores {split} with several tokens; use a scale whose points are single tokens, such as 1 to 5")
     return [i[0] for i in ids]
 
@@ -215,7 +215,7 @@ class Judge:
         self._kv = read_head(net, self.pieces.head)
         return self._kv
 
-# %% ../nbs/api/03_judge.ipynb #32db8988
+# %% ../nbs/api/03_judge.ipynb #68cd35e0
 @patch
 def rows(self:Judge, prompts:list, answers:list[str])->tuple:
     "Packed rows, the answers that each one holds, and which answers were cut"
@@ -231,13 +231,13 @@ def rows(self:Judge, prompts:list, answers:list[str])->tuple:
             a,cuts[i] = P.answer(answers[i], limit); toks.append(a)
         size = lambda a: len(a)+sum(map(len, P.queries))
         part,used = [],len(q)
-        for i,a in zip(idx, toks):
+        for i,a in zip(idx, toks, strict=True):
             if part and used+size(a) > self.budget: out.append((pack(q, [t for _,t in part], P.queries), [j for j,_ in part])); part,used = [],len(q)
             part.append((i,a)); used += size(a)
         out.append((pack(q, [t for _,t in part], P.queries), [j for j,_ in part]))
     return out,cuts
 
-# %% ../nbs/api/03_judge.ipynb #e1beb2a7
+# %% ../nbs/api/03_judge.ipynb #89baa254
 @patch
 def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form a group
           answers:list[str], # Texts to be scored
@@ -254,7 +254,7 @@ def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form 
             take = 1
             while take < len(rows) and (take+1)*len(rows[take][0].ids) <= self.budget: take += 1
             now,rows = rows[:take],rows[take:]
-            for (r,idx),logit in zip(now, score_logits(net, [r for r,_ in now], kv, self.policy.tokenizer.pad_token_id)):
+            for (_,idx),logit in zip(now, score_logits(net, [r for r,_ in now], kv, self.policy.tokenizer.pad_token_id), strict=True):
                 logps[idx] = torch.log_softmax(logit, -1)[..., self.pieces.labels].cpu().numpy()
     return Scores(ids, *read_scores(logps, self.rubric.scale, self.min_mass), cuts)
 

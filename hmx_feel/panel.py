@@ -378,7 +378,7 @@ def _load(manager, name):
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as e:
         raise Skipped(f"its data cannot be reached: {' '.join(str(e).split())[:160]}") from None
 
-# %% ../nbs/api/06_panel.ipynb #a061c2f2
+# %% ../nbs/api/06_panel.ipynb #a7be6bc1
 COLUMNS = ['run_id','task','item_id','cluster','condition','order','sample','prompt_sha','metric','value','raw','parsed','missing']
 def prompt_sha(text)->str: # 16 hex digits
     "Checksum of what the model read"
@@ -409,10 +409,9 @@ def run_lm_eval(task:Task, # A task of kind lm_eval
                )->pd.DataFrame: # Item rows
     "Run a benchmark and return one row per item and metric"
     from lm_eval.evaluator import evaluate as lm_evaluate
-    lm = policy_lm(policy, batch_size, task.chat)
     for t in made.values(): t.set_fewshot_seed(seed=1234)
     with quiet(), looking(policy.model):
-        out = lm_evaluate(lm=lm, task_dict={'tasks': made}, limit=limit or None, log_samples=True, bootstrap_iters=0,
+        out = lm_evaluate(lm=policy_lm(policy, batch_size, task.chat), task_dict={'tasks': made}, limit=limit or None, log_samples=True, bootstrap_iters=0,
                           apply_chat_template=task.chat, fewshot_as_multiturn=task.chat)
     rows = pd.DataFrame([r for name,samples in out['samples'].items() for s in samples for r in sample_rows(task, name, s)])
     for m in task.metrics:
@@ -569,12 +568,13 @@ def write_manifest(run:Run, # What was measured
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
     run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
 
-# %% ../nbs/api/06_panel.ipynb #e431edba
+# %% ../nbs/api/06_panel.ipynb #d20c4ada
 def evaluate(config, # An EvaluateConfig
             )->Run: # The run, with its `evals` folder
     "Run a panel on one run; what is already there is kept"
     import torch
     panel = load_panel(config.panel)
+    if config.benchmarks and not Path(config.benchmarks).expanduser().is_dir(): raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
     run = find_run(config)
     model = run.read_json('config.json').get('model', config.model)
     asked = [(t, task_settings(t, config, model)) for t in panel.tasks]

@@ -6,8 +6,8 @@
 __all__ = ['MODELS', 'FAMILIES', 'RECIPES', 'Spec', 'Recipe', 'recipe', 'tiny_folder', 'check_model', 'pick_dtype', 'Policy',
            'load_policy', 'put_adapter', 'as_base', 'looking', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
 
-# %% ../nbs/api/02_policy.ipynb #630cd430
-import json,os,re
+# %% ../nbs/api/02_policy.ipynb #4a0caf5a
+import json,re
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -137,9 +137,9 @@ def check_model(name:str, # One of `MODELS`, a hub id `owner/name`, or a local f
         raise UserError(f"model: no folder and no known name {name!r}{nearest(name, MODELS)}; known names: {', '.join(MODELS)}; a hub id looks like owner/name")
     return _spec(name, hub_id, False, _check_hub(hub_id, name, revision), **kw)
 
-# %% ../nbs/api/02_policy.ipynb #696c1f0f
+# %% ../nbs/api/02_policy.ipynb #c5c62bfe
 def pick_dtype(asked:str='auto', # auto, float32, bfloat16 or float16
-              )->'torch.dtype': # Type the weights are loaded in
+              ): # Type the weights are loaded in
     "The type of the weights: as asked, else what the device does well"
     import torch
     allowed = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)

@@ -57,14 +57,14 @@ LLAMA_CHAT = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
-# special tokens in the order of their ids; bos = put in front by the tokenizer itself; turn = ends a turn
+# special tokens in the order of their ids; bos = put in front by the tokenizer itself; ends = end a generation
 RULES = {
     "qwen3": dict(special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], plain=["<think>", "</think>"], chat=QWEN3_CHAT,
-                  bos=None, eos="<|im_end|>", pad="<|endoftext|>", turn="<|im_end|>"),
+                  bos=None, eos="<|im_end|>", pad="<|endoftext|>", ends=["<|endoftext|>", "<|im_end|>"]),
     "gemma2": dict(special=["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"], plain=[], chat=GEMMA2_CHAT,
-                   bos="<bos>", eos="<eos>", pad="<pad>", turn="<end_of_turn>"),
+                   bos="<bos>", eos="<eos>", pad="<pad>", ends=["<eos>", "<end_of_turn>"]),
     "llama": dict(special=["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], plain=[],
-                  chat=LLAMA_CHAT, bos="<|begin_of_text|>", eos="<|eot_id|>", pad=None, turn="<|eot_id|>"),
+                  chat=LLAMA_CHAT, bos="<|begin_of_text|>", eos="<|eot_id|>", pad=None, ends=["<|end_of_text|>", "<|eot_id|>"]),
 }
 
 
@@ -127,8 +127,7 @@ def make_standin(family, folder, size="small", split_labels=False, seed=0, corpu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = AutoModelForCausalLM.from_config(make_config(family, tok, size), attn_implementation="eager", dtype=torch.float32)
-    turn = tok.convert_tokens_to_ids(RULES[family]["turn"])
-    net.generation_config.eos_token_id = sorted({tok.eos_token_id, turn})
+    net.generation_config.eos_token_id = sorted(tok.convert_tokens_to_ids(RULES[family]["ends"]))
     net.save_pretrained(folder, safe_serialization=True)
     tok.save_pretrained(folder)
     return folder

@@ -226,6 +226,24 @@ def test_output_folder_without_permission(refused, tmp_path):
     refused(["train", "--runs", tmp_path / "locked" / "runs"], "cannot be written", "Permission denied")
 
 
+@pytest.fixture
+def finished(qwen3, tmp_path, monkeypatch):
+    "A run that is finished, without the hours that it would take"
+    from hmx_feel.grpo import check_run, open_run
+    from hmx_feel.runs import TrainConfig
+    return open_run(check_run(TrainConfig(model=str(qwen3), steps=2, runs=str(tmp_path / "runs")))).finish({})
+
+
+def test_a_finished_run_is_not_done_again(refused, finished, qwen3):
+    refused(["train", "--model", qwen3, "--steps", "2"], str(finished.path), "is finished", "--replace", "--seed")
+
+
+@pytest.mark.parametrize("other", ["--replace", "--seed 1", "--steps 3", "--arm reverse"])
+def test_another_run_is_let_through(call, finished, qwen3, monkeypatch, tmp_path, other):
+    monkeypatch.setattr(cli, "run_notebook", lambda *_: tmp_path / "report.ipynb")
+    assert call("train", "--model", qwen3, "--steps", "2", *other.split())[::2] == (0, "")
+
+
 # --- the command itself --------------------------------------------------------------------------------------
 
 def test_version(): assert process("--version") == (0, f"hmx-feel {cli.hmx_feel.__version__}\n", "")

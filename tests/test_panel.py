@@ -1,0 +1,390 @@
+"""The panel on stand-ins with random weights: what a cell cannot show. Plumbing, never quality."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hmx_feel import panel as module
+from hmx_feel.judge import Judge
+from hmx_feel.panel import (
+    Skipped,
+    Task,
+    choose_prompts,
+    evaluate,
+    expression,
+    load_panel,
+    policy_lm,
+    prepare,
+    read_rows,
+    run_lm_eval,
+    skipped,
+)
+from hmx_feel.policy import load_policy, put_adapter
+from hmx_feel.rubric import Rubric, load_prompts
+from hmx_feel.runs import EvaluateConfig, Run, UserError
+from hmx_feel.stats import paired
+
+torch.set_num_threads(1)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+benchmarks = os.environ.get("HMX_BENCHMARKS", "")
+needs_benchmarks = pytest.mark.skipif(not benchmarks, reason="HMX_BENCHMARKS is not set: no TruthfulQA data")
+
+
+def tokenizer():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [p.text for p in load_prompts("hmx-feel", split="train")]
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=800, special_tokens=SPECIAL, show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    "Folders of stand-ins by family, made when asked for"
+    tok, home, made = tokenizer(), tmp_path_factory.mktemp("models"), {}
+    small = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, max_position_embeddings=4096, initializer_range=.2,
+                 eos_token_id=1, pad_token_id=0)
+
+    def make(family):
+        if family not in made:
+            torch.manual_seed(0)
+            net = dict(qwen3=lambda: Qwen3ForCausalLM(Qwen3Config(**small)),
+                       llama=lambda: LlamaForCausalLM(LlamaConfig(**small)),
+                       gemma2=lambda: Gemma2ForCausalLM(Gemma2Config(**small, sliding_window=24, query_pre_attn_scalar=16)))[family]()
+            made[family] = home / family
+            tok.save_pretrained(made[family])
+            net.save_pretrained(made[family])
+        return str(made[family])
+    return make
+
+
+def quiz(n, sure=True):
+    words = [["crow", "oak", "iron"], ["trout", "heron", "saw"], ["pear", "drill", "owl"]]
+    for i in range(n):
+        options, gold = words[i % 3], i % 3
+        ask = "Which one is a bird? " + " ".join(f"{letter}) {o}" for letter, o in zip("ABC", options, strict=True))
+        hint = (gold + 1) % 3 if sure else None
+        turns = [dict(role="user", content="Hello."), dict(role="assistant", content="Hello."), dict(role="user", content=ask)]
+        yield dict(id=f"bird-{i}", cluster=f"c{i % 3}", condition="hint" if sure else "none", messages=turns,
+                   options=["A", "B", "C"], gold=gold, hint=hint, biased=(gold + 2) % 3 if i % 2 else None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A folder with a panel of one's own"
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(q) + "\n" for q in quiz(9)))
+    (tmp_path / "mine.yaml").write_text("""name: mine
+tasks:
+- {name: quiz, kind: lm_eval, items: quiz.jsonl, metrics: {acc: higher, follows_hint: lower, biased: lower}, cluster: cluster, relation: isolated}
+- {name: expression, kind: expression, metrics: {rubric: descriptive}, cluster: family, relation: trained, limit: 3, max_new: 8}
+""")
+    return tmp_path
+
+
+class Ask:
+    def __init__(self, *args): self.args = args
+
+
+# --- log-likelihoods ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma2"])
+def test_sharing_equals_the_usual_class(family, stand_in):
+    "Contexts longer than Gemma's window, options of one to many tokens, batches that do not divide"
+    policy = load_policy(stand_in(family))
+    head = "Q: What does a surveyor do?\nA: A surveyor measures land and draws maps of it.\n\n" * 3
+    asks = [Ask(f"{head}Q: Which one is a {kind}?\nA:", a) for kind in ("bird", "tool you would borrow from a neighbour", "fish")
+            for a in (" A", " crow", " a hammer, or a saw if there is one", " none of them that I could name")]
+    ours, theirs = (policy_lm(policy, 2, chat=False, share=s).loglikelihood(asks) for s in (True, False))
+    assert np.abs(np.subtract([ll for ll, _ in ours], [ll for ll, _ in theirs])).max() < 1e-4
+    assert [g for _, g in ours] == [g for _, g in theirs]
+    assert len({round(ll, 3) for ll, _ in ours}) == len(asks)
+
+
+def test_a_broken_model_fails_loudly(stand_in, folder):
+    "NaN everywhere would otherwise make the first option win"
+    policy = load_policy(stand_in("qwen3"))
+    with torch.no_grad(): policy.model.model.norm.weight.fill_(float("nan"))
+    task = load_panel(folder / "mine.yaml")["quiz"]
+    made, _ = prepare(task, folder, folder / "cache")
+    with pytest.raises(UserError, match="27 of 27 log-likelihoods are not finite"): run_lm_eval(task, policy, made)
+
+
+def test_too_long_a_text_is_an_error(stand_in):
+    policy = load_policy(stand_in("qwen3"))
+    with pytest.raises(UserError, match="1 of 2 texts are longer than the model's 4096 tokens"):
+        policy_lm(policy, chat=False).loglikelihood([Ask("Q", " A"), Ask("word " * 5000, " A")])
+
+
+def test_evaluating_leaves_the_policy_as_found(stand_in, folder):
+    policy = load_policy(stand_in("qwen3"))
+    policy.model.train()
+    state = torch.random.get_rng_state()
+    task = load_panel(folder / "mine.yaml")["quiz"]
+    run_lm_eval(task, policy, prepare(task, folder, folder / "cache")[0])
+    assert torch.equal(state, torch.random.get_rng_state()) and policy.model.training
+
+
+# --- lettered items ----------------------------------------------------------------------------------------------
+
+def test_letters_are_read_as_the_reply(stand_in, folder):
+    "The row's numbers are those of the letter right after the chat template, over several turns"
+    policy = load_policy(stand_in("qwen3"))
+    task = load_panel(folder / "mine.yaml")["quiz"]
+    rows = run_lm_eval(task, policy, prepare(task, folder, folder / "cache")[0])
+    tok = policy.tokenizer
+    for q in quiz(9):
+        ids = tok(tok.apply_chat_template(q["messages"], tokenize=False, add_generation_prompt=True), return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad(): logp = torch.log_softmax(policy.model(**ids).logits[0, -1].float(), -1)
+        want = [float(logp[tok.convert_tokens_to_ids(letter)]) for letter in "ABC"]
+        mine = rows[rows.item_id == q["id"]].set_index("metric")
+        assert np.allclose(json.loads(mine.raw.iloc[0]), want, atol=1e-4)
+        pick = int(np.argmax(want))
+        assert mine.value["acc"] == (pick == q["gold"]) and mine.value["follows_hint"] == (pick == q["hint"])
+        assert ("biased" in mine.index) == (q["biased"] is not None)
+        assert mine.parsed["acc"] == "ABC"[pick] and mine.cluster["acc"] == q["cluster"] and mine.condition["acc"] == "hint"
+
+
+def test_letters_need_the_chat_template(stand_in, folder):
+    task = load_panel(folder / "mine.yaml")["quiz"].model_copy(update=dict(chat=False))
+    made, _ = prepare(task, folder, folder / "cache")
+    with pytest.raises(UserError, match="set chat to true"): run_lm_eval(task, load_policy(stand_in("qwen3")), made)
+
+
+# --- expression --------------------------------------------------------------------------------------------------
+
+def test_expression_is_seeded_and_shaped(stand_in):
+    policy, rubric = load_policy(stand_in("qwen3")), Rubric.load("hmx-feel")
+    prompts = [p for kind, n in (("situation", 2), ("plain", 1)) for p in load_prompts("hmx-feel", split="heldout", kinds=[kind])[:n]]
+    a, b = (expression(policy, Judge(policy, rubric, min_mass=0), prompts, samples=2, max_new=8, seed=0) for _ in range(2))
+    pd.testing.assert_frame_equal(a, b)
+    other = expression(policy, Judge(policy, rubric, min_mass=0), prompts, samples=2, max_new=8, seed=1)
+    assert list(other.raw) != list(a.raw)
+    assert set(a[a.metric == "rubric"].condition) == {"situation"}        # nothing is paid on a plain task
+    assert len(a[a.metric == "held.stance"]) == len(prompts) * 2
+    assert not a.missing.any() and a.value.between(0, 1).all()
+    low = expression(policy, Judge(policy, rubric, min_mass=1), prompts[:1], samples=1, max_new=8)
+    assert low.missing.all() and low.value.isna().all()
+
+
+def test_a_limit_takes_whole_families():
+    prompts = load_prompts("hmx-feel", split="heldout")
+    for limit in (1, 7, 40):
+        some = choose_prompts(prompts, limit)
+        kept = {p.family for p in some}
+        assert some == [p for p in prompts if p.family in kept] and len(some) <= max(limit, 4)
+    assert {p.id for p in choose_prompts(prompts, 7)} <= {p.id for p in prompts}
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def config(stand_in, folder):
+    return EvaluateConfig(model=stand_in("qwen3"), panel=str(folder / "mine.yaml"), samples=2, runs=str(folder / "runs"))
+
+
+def trained(config, scale):
+    "A finished run whose adapter is as large as asked"
+    run = Run.create(config.root, config.model, "forward", 0, dict(scale=scale))
+    torch.manual_seed(0)
+    net = get_peft_model(load_policy(config.model).model, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "lora_B" in name: p.normal_(0, scale)
+    net.save_pretrained(run / "adapter")
+    return run.finish(dict(scale=scale))
+
+
+def test_base_and_trained_run_can_be_paired(config):
+    base, arm = evaluate(config), trained(config, .5)
+    assert evaluate(config.model_copy(update=dict(arm="forward"))) == arm
+    a, b = read_rows(arm), read_rows(base)
+    assert set(a.task) == {"quiz", "expression"} and set(a.run_id) == {arm.id8} and set(b.run_id) == {base.id8}
+    assert list(a.raw) != list(b.raw)
+    for task, metric in (("quiz", "acc"), ("expression", "held.stance")):
+        pairs = paired(a, b, task, metric)
+        assert len(pairs) == b[(b.task == task) & (b.metric == metric)].item_id.nunique() and pairs["diff"].abs().max() <= 1 or pairs["diff"].isna().all()
+
+
+def test_what_is_there_is_kept(config, monkeypatch):
+    run = evaluate(config)
+    whole = {p.name: p.read_bytes() for p in (run / "evals").glob("*.parquet")}
+    assert run.finished and len(whole) == 2 and not (run / "evals" / ".cache").exists()
+    (run / "evals" / "quiz.parquet").unlink()                     # as after a kill between two tasks
+    seen = []
+    monkeypatch.setattr(module, "_measure", lambda task, *a, real=module._measure: seen.append(task.name) or real(task, *a))
+    assert evaluate(config) == run and seen == ["quiz"]
+    assert {p.name: p.read_bytes() for p in (run / "evals").glob("*.parquet")} == whole
+    monkeypatch.setattr(module, "load_policy", None)              # nothing to do: no weights are loaded
+    evaluate(config)
+    assert len((run.root / "index.jsonl").read_text().splitlines()) == 1
+
+
+def test_other_settings_are_refused_before_loading(config, monkeypatch):
+    evaluate(config)
+    monkeypatch.setattr(module, "load_policy", None)
+    with pytest.raises(UserError, match="was made with limit=0, asked is limit=4; pass replace=True"):
+        evaluate(config.model_copy(update=dict(limit=4)))
+
+
+def test_a_killed_task_leaves_nothing_half_written(config, monkeypatch):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(module, "expression", stop)
+    with pytest.raises(KeyboardInterrupt): evaluate(config)
+    run, = (Run(p.parent) for p in config.root.glob("*/base/*/config.json"))
+    assert sorted(p.name for p in (run / "evals").iterdir()) == ["manifest.json", "quiz.parquet"]
+    assert not run.finished and list(run.read_json("evals/manifest.json")["tasks"]) == ["quiz"]
+
+
+def test_manifest_says_how_the_numbers_came_about(config):
+    run = evaluate(config)
+    tasks = run.read_json("evals/manifest.json")["tasks"]
+    quiz_note, spoken = tasks["quiz"], tasks["expression"]
+    assert quiz_note["items"] == 9 and quiz_note["rows"] == len(read_rows(run, ["quiz"])) and quiz_note["chat"] == "chat template"
+    assert quiz_note["data"]["file"] == "quiz.jsonl" and len(quiz_note["data"]["sha1"]) == 40
+    assert spoken["settings"]["samples"] == 2 and spoken["settings"]["rubric"] == Rubric.load("hmx-feel").hash
+    assert quiz_note["versions"]["lm_eval"] and quiz_note["means"]["acc"].keys() == {"hint"}
+    acc = read_rows(run, ["quiz"]).query("metric == 'acc'").value.mean()
+    assert quiz_note["means"]["acc"]["hint"] == pytest.approx(acc, abs=1e-6)
+
+
+def test_rows_are_read_without_torch(config):
+    import subprocess
+    import sys
+    run = evaluate(config)
+    code = ("import sys\n"
+            "class Stop:\n"
+            "    def find_spec(self, name, *a):\n"
+            "        if name.split('.')[0] in ('torch', 'lm_eval', 'transformers'): raise ImportError(name)\n"
+            "sys.meta_path.insert(0, Stop())\n"
+            "from hmx_feel.panel import read_rows, skipped, load_panel\nfrom hmx_feel.runs import Run\n"
+            f"run = Run({str(run.path)!r}); print(len(read_rows(run)), skipped(run))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[0] == str(len(read_rows(run))), done.stderr
+
+
+def test_a_run_that_cannot_be_measured(config, folder):
+    bare = Run.create(config.root, config.model, "forward", 0, dict(steps=0)).finish({})
+    with pytest.raises(UserError, match="holds no adapter/adapter_model.safetensors"): evaluate(config.model_copy(update=dict(arm="forward")))
+    with pytest.raises(UserError, match="finished: forward seed 0"): evaluate(config.model_copy(update=dict(arm="reverse")))
+    (bare / "result.json").unlink()
+    with pytest.raises(UserError, match="is not finished"): evaluate(config.model_copy(update=dict(run=str(bare.path))))
+    with pytest.raises(UserError, match="no such run folder"): evaluate(config.model_copy(update=dict(run=str(folder / "nowhere"))))
+
+
+def test_put_adapter_is_the_trained_policy(config):
+    run = trained(config, .5)
+    policy = put_adapter(load_policy(config.model), run / "adapter")
+    asks = [Ask("Q: Which one is a bird?\nA:", " crow")]
+    on = policy_lm(policy, chat=False).loglikelihood(asks)
+    with policy.model.disable_adapter(): off = policy_lm(policy, chat=False).loglikelihood(asks)
+    base = policy_lm(load_policy(config.model), chat=False).loglikelihood(asks)
+    assert off[0][0] == pytest.approx(base[0][0], abs=1e-5) and abs(on[0][0] - off[0][0]) > 1e-3
+
+
+# --- panels and data ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["tiny", "core", "smoke"])
+def test_shipped_panels_load(name):
+    panel = load_panel(name)
+    assert panel.name == name and all(t.main in t.metrics for t in panel.tasks)
+    spoken = [t for t in panel.tasks if t.kind == "expression"]
+    assert len(spoken) == 1 and spoken[0].relation == "trained" and spoken[0].direction == "descriptive"
+
+
+def test_shipped_items_have_the_format():
+    "tiny's own items, once they are built"
+    home = Path(module.__file__).parent / "tiny" / "panel"
+    if not home.is_dir(): pytest.skip("tiny's panel items are not built yet")
+    for task in ("facts", "flattery", "stereotype"):
+        items = [json.loads(line) for line in (home / f"{task}.jsonl").read_text().splitlines()]
+        assert len({i["id"] for i in items}) == len(items) >= 30
+        for i in items:
+            assert set(i) >= {"id", "cluster", "condition", "messages", "options", "gold", "hint", "biased"}
+            assert i["messages"][-1]["role"] == "user" and 0 <= i["gold"] < len(i["options"])
+            assert task != "flattery" or i["hint"] not in (None, i["gold"])
+            assert task != "stereotype" or i["biased"] is not None
+
+
+def test_panel_mistakes_are_one_line(tmp_path):
+    def says(text, match):
+        (tmp_path / "p.yaml").write_text(text)
+        with pytest.raises(UserError, match=match) as e: load_panel(tmp_path / "p.yaml")
+        assert "\n" not in str(e.value)
+    task = "{name: tiny_facts, kind: lm_eval, metrics: {acc: higher}, relation: isolated}"
+    says("name: p\ntasks:\n- {name: [}\n", "not YAML: line 3")
+    says("name: p\n", "tasks: missing")
+    says(f"name: p\ntask:\n- {task}\n", r"unknown field 'task' \(nearest: 'tasks'\)")
+    says(f"name: p\ntasks:\n- {task}\n- {task}\n", "'tiny_facts' twice")
+    says(f"name: p\ntasks:\n- {task.replace('tiny_facts', 'helaswag')}\n", r"nearest: 'hellaswag'")
+    says(f"name: p\ntasks:\n- {task.replace('kind: lm_eval', 'kind: expression, rubric: hmx-fee')}\n", "nearest: 'hmx-feel'")
+    says(f"name: p\ntasks:\n- {task.replace('lm_eval', 'expression').replace('isolated', 'trained, items: x.jsonl')}\n", "does not read")
+
+
+def test_data_that_cannot_be_reached_skip_the_task(config, folder, monkeypatch):
+    monkeypatch.delenv("HMX_BENCHMARKS", raising=False)
+    (folder / "mine.yaml").write_text("""name: mine
+tasks:
+- {name: arc_easy, kind: lm_eval, metrics: {acc: higher}, relation: isolated, limit: 2}
+- {name: gone, kind: lm_eval, items: gone.jsonl, metrics: {acc: higher}, relation: isolated}
+- {name: truthfulqa_mc1, kind: lm_eval, data: truthfulqa/v0, metrics: {acc: higher}, relation: implied, chat: false}
+- {name: quiz, kind: lm_eval, items: quiz.jsonl, metrics: {acc: higher}, relation: isolated}
+""")
+    run = evaluate(config)
+    why = skipped(run)
+    assert set(why) == {"arc_easy", "gone", "truthfulqa_mc1"} and set(read_rows(run).task) == {"quiz"}
+    assert "cannot be reached" in why["arc_easy"] and "gone.jsonl" in why["gone"] and "HMX_BENCHMARKS" in why["truthfulqa_mc1"]
+
+
+def truthful(name, limit=0): return load_panel("core")[name].model_copy(update=dict(limit=limit))
+
+
+@needs_benchmarks
+def test_truthfulqa_v0_is_what_lm_eval_runs(tmp_path, stand_in):
+    "The whole set in lm_eval's shape, and on some of it the metrics worked from the rows"
+    made, about = prepare(truthful("truthfulqa_mc2"), None, tmp_path, benchmarks)
+    docs = made["truthfulqa_mc2"].eval_docs
+    assert about["version"] == "v0" and about["sha1"].startswith("2e2bcc91") and len(docs) == 817
+    assert sum(c == "indexical" for c in docs["condition"]) == 57 and len(set(docs["id"])) == 817
+    assert all(t["labels"][0] == 1 and sum(t["labels"]) == 1 for t in docs["mc1_targets"])
+    policy = load_policy(stand_in("qwen3"))
+    rows = run_lm_eval(truthful("truthfulqa_mc2"), policy, made, limit=6)
+    for row, doc in zip(rows.itertuples(), docs, strict=False):
+        p, labels = np.exp(np.array(json.loads(row.raw)) - max(json.loads(row.raw))), np.array(doc["mc2_targets"]["labels"])
+        assert row.item_id == doc["id"] and row.value == pytest.approx(p[labels == 1].sum() / p.sum(), abs=1e-6)
+    first = run_lm_eval(truthful("truthfulqa_mc1"), policy, prepare(truthful("truthfulqa_mc1"), None, tmp_path, benchmarks)[0], limit=6)
+    assert list(first.value) == [float(np.argmax(json.loads(r)) == 0) for r in first.raw]
+
+
+@needs_benchmarks
+def test_another_version_of_truthfulqa_is_refused(tmp_path):
+    import gzip
+    here = tmp_path / "truthfulqa" / "v0"
+    here.mkdir(parents=True)
+    shutil.copy(Path(benchmarks) / "truthfulqa" / "v0" / "TruthfulQA.csv.gz", here)
+    with pytest.raises(Skipped, match="mc_task.json.gz is not in the folder"): prepare(truthful("truthfulqa_mc1"), None, tmp_path / "cache", str(tmp_path))
+    (here / "mc_task.json.gz").write_bytes(gzip.compress((Path(benchmarks) / "truthfulqa" / "v1" / "mc_task.json").read_bytes()))
+    with pytest.raises(UserError, match="allowed: 2e2bcc91, which is TruthfulQA v0"): prepare(truthful("truthfulqa_mc1"), None, tmp_path / "cache", str(tmp_path))
+
+
+def test_a_task_reads_only_its_own_fields():
+    with pytest.raises(ValueError, match="max_new"): Task(name="x", kind="lm_eval", metrics=dict(acc="higher"), relation="isolated", max_new=3)
