@@ -7,14 +7,14 @@ __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'Rubric
            'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #cd9f21a8
+# %% ../nbs/api/05_grpo.ipynb #3a6b8200
 import logging,time,warnings,zlib
 import numpy as np
 from fastcore.basics import patch
-from .runs import UserError,TrainConfig,Run,content_hash,environment,write_parquet
+from .runs import UserError,TrainConfig,Run,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
-from .policy import Policy,check_model,load_policy,recipe,prompt_ids
-from .judge import Judge,judge_prompt
+from .policy import Policy,check_model,load_policy,model_id,recipe,prompt_ids
+from .judge import IDENTITIES,Judge,judge_prompt
 from .drift import DriftLedger,text_veto,ledger_summary
 
 # %% ../nbs/api/05_grpo.ipynb #1065ee85
@@ -126,11 +126,12 @@ def lora(config:TrainConfig):
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0., bias='none', target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/api/05_grpo.ipynb #9ce129e4
+# %% ../nbs/api/05_grpo.ipynb #909c0439
 def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the run's identity
     "Everything that can be refused before weights are loaded"
     config = resolve(config)
     arm = load_arm(config.arm)
+    if config.judge not in IDENTITIES: raise UserError(f"judge: found {config.judge!r}, allowed: {', '.join(IDENTITIES)}{nearest(config.judge, IDENTITIES)}")
     if not arm.trained: raise UserError(f"arm: {arm.name} is not trained; evaluate it with 04_evaluate")
     rubric = arm.load_rubric(config.rubric)
     prompts = train_prompts(load_prompts(config.prompts), rubric, config.train_kinds)
@@ -138,7 +139,7 @@ def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the ru
     if len(prompts) < groups: raise UserError(f"prompts: found {len(prompts)} to train on, allowed: at least {groups}, one for each group of a step")
     spec = check_model(config.model, config.revision, config.trust_remote_code)
     skip = ('runs','replace')
-    identity = dict(config={k:v for k,v in config.model_dump().items() if k not in skip}, rubric=rubric.hash, arm=content_hash(arm.model_dump()),
+    identity = dict(config={k:v for k,v in config.model_dump().items() if k not in skip}, weights=model_id(spec), rubric=rubric.hash, arm_data=content_hash(arm.model_dump()),
                     prompts=content_hash([p.model_dump() for p in prompts]), judge_prompt=content_hash(judge_prompt()))
     return dict(config=config, arm=arm, rubric=rubric, prompts=prompts, spec=spec, identity=identity)
 
@@ -224,12 +225,12 @@ def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     plain = lambda v: v if isinstance(v, (int,float,str,bool,type(None))) else str(getattr(v, 'value', v))
     return dict(asked=asked.changed(), resolved=config.model_dump(), trainer={n: plain(getattr(args, n)) for n in names})
 
-# %% ../nbs/api/05_grpo.ipynb #1f2d4ace
+# %% ../nbs/api/05_grpo.ipynb #f443a480
 def train(asked:TrainConfig, # What was asked for
          )->Run: # The finished run
     "Train one arm of one model with one seed"
     import torch
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     from transformers.trainer_callback import PrinterCallback
     checked = check_run(asked); config = checked['config']; run = open_run(checked)
     run.clear()

@@ -6,13 +6,13 @@
 __all__ = ['IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'fence', 'Pieces', 'label_ids', 'Row', 'pack', 'visible',
            'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'load_labelled', 'calibrate']
 
-# %% ../nbs/api/03_judge.ipynb #dd21e4d6
+# %% ../nbs/api/03_judge.ipynb #a6658e22
 import numpy as np,re,yaml
 from contextlib import nullcontext
 from dataclasses import dataclass
 from .runs import UserError,JudgeConfig,Run,data_path,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Criterion,load_prompts
-from .policy import Policy,as_base,check_model,load_policy,looking,frame,plain_ids
+from .policy import Policy,as_base,check_model,load_policy,looking,frame,model_id,plain_ids
 from fastcore.basics import patch
 
 # %% ../nbs/api/03_judge.ipynb #9a4bd62a
@@ -279,7 +279,7 @@ def load_labelled(path, # JSONL file
         prompts.append(p); answers.append(row['answer']); labels.append(row['labels'])
     return prompts,answers,labels
 
-# %% ../nbs/api/03_judge.ipynb #c0c7ac06
+# %% ../nbs/api/03_judge.ipynb #14b1a116
 def calibrate(config:JudgeConfig, # What to calibrate
              )->tuple: # Run, known labels, labels given, scores: three tables with one column per criterion
     "Score labelled answers with the base judge of a model"
@@ -287,8 +287,8 @@ def calibrate(config:JudgeConfig, # What to calibrate
     rubric = Rubric.load(config.rubric)
     path = data_path('tiny','labelled') if not config.answers and config.model=='tiny' else data_path('prompts', config.answers or 'probe_answers')
     prompts,answers,labels = load_labelled(path, rubric)
-    check_model(config.model, config.revision, config.trust_remote_code)
-    identity = dict(rubric=rubric.hash, answers=content_hash([answers, labels]), judge_prompt=content_hash(judge_prompt()), min_mass=config.min_mass, threads=config.threads, dtype=config.dtype, revision=config.revision)
+    spec = check_model(config.model, config.revision, config.trust_remote_code)
+    identity = dict(weights=model_id(spec), rubric=rubric.hash, answers=content_hash([answers, labels]), judge_prompt=content_hash(judge_prompt()), min_mass=config.min_mass, threads=config.threads, dtype=config.dtype, revision=config.revision)
     run = Run.create(config.root, config.model, 'judge', 0, identity, replace=config.replace).clear()
     torch.set_num_threads(config.threads)
     s = Judge(load_policy(config.model, config.dtype, config.revision, config.trust_remote_code), rubric, min_mass=config.min_mass).score(prompts, answers)

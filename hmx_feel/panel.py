@@ -6,10 +6,10 @@
 __all__ = ['log', 'Direction', 'DATA', 'TRUTHFULQA_V0', 'MARK', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task',
            'load_panel', 'git_blob', 'Skipped', 'truthfulqa_docs', 'truthfulqa_v0', 'chat_text', 'letter_metrics',
            'shared_head', 'option_logprobs', 'PolicyLM', 'policy_lm', 'quiet', 'prepare', 'prompt_sha', 'sample_rows',
-           'run_lm_eval', 'seed_for', 'choose_prompts', 'expression', 'model_id', 'base_run', 'find_run',
-           'task_settings', 'write_manifest', 'evaluate', 'skipped', 'read_rows']
+           'run_lm_eval', 'seed_for', 'choose_prompts', 'expression', 'base_run', 'find_run', 'task_settings',
+           'write_manifest', 'evaluate', 'skipped', 'read_rows']
 
-# %% ../nbs/api/06_panel.ipynb #c502fdfe
+# %% ../nbs/api/06_panel.ipynb #b50d67e6
 import csv,functools,gzip,hashlib,io,json,logging,os,shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ import hmx_feel
 from .runs import (SCHEMA,UserError,Run,content_hash,data_names,data_path,environment,explain,find_runs,
                            nearest,read_parquet,write_parquet,write_text)
 from .rubric import Rubric,load_prompts,read_yaml
-from .policy import Policy,Spec,check_model,generate,load_policy,looking,recipe,render
+from .policy import model_id,Policy,check_model,generate,load_policy,looking,recipe,render
 from .judge import Judge,batch_rows,pack,read_head
 
 # %% ../nbs/api/06_panel.ipynb #d424ab5f
@@ -460,21 +460,7 @@ def expression(policy:Policy, # Who answers
     out = pd.DataFrame(rows)
     return out.assign(missing=out.value.isna())[COLUMNS]
 
-# %% ../nbs/api/06_panel.ipynb #f72fbd57
-def model_id(spec:Spec, # From `check_model`
-            )->str: # `sha256:...` of a folder's files, or a hub commit
-    "What a model is, whatever it is called"
-    if not spec.local:
-        from huggingface_hub import try_to_load_from_cache
-        found = try_to_load_from_cache(spec.source, 'config.json', revision=spec.revision or None)
-        return Path(found).parent.name if isinstance(found, str) else spec.revision
-    files = [f for p in ('*.safetensors','*.json','*.jinja') for f in sorted(Path(spec.source).glob(p))]
-    total = hashlib.sha256()
-    for f in files:
-        with open(f, 'rb') as h: total.update(f'{f.name} {hashlib.file_digest(h, "sha256").hexdigest()}\n'.encode())
-    return f'sha256:{total.hexdigest()}'
-
-# %% ../nbs/api/06_panel.ipynb #85cc2b45
+# %% ../nbs/api/06_panel.ipynb #5f361bdb
 def base_run(config, # An EvaluateConfig
             )->Run: # Its folder; made if this model was never measured
     "The run folder of the untrained model"
@@ -496,7 +482,7 @@ def find_run(config, # An EvaluateConfig
     have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if r.arm not in ('base','judge')})
     raise UserError(f"run: no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
 
-# %% ../nbs/api/06_panel.ipynb #8e2a7fd7
+# %% ../nbs/api/06_panel.ipynb #6a89928b
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
                   model:str, # Model of the run
@@ -508,7 +494,7 @@ def task_settings(task:Task, # A task
     return out | dict(samples=config.samples, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
                       prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
 
-# %% ../nbs/api/06_panel.ipynb #7b4dae11
+# %% ../nbs/api/06_panel.ipynb #c030a078
 def _done(run, task, settings, replace)->bool:
     "Whether the rows of a task are there, made with these settings"
     manifest = run.read_json('evals/manifest.json') if (run/'evals/manifest.json').is_file() else {}
@@ -537,7 +523,7 @@ def _note(rows, task, settings, about, config)->dict:
                 threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
                 means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
 
-# %% ../nbs/api/06_panel.ipynb #8ff8a66c
+# %% ../nbs/api/06_panel.ipynb #93a97604
 def _run_tasks(run, todo, policy, panel, config):
     "Measure task after task; each is written as soon as it is done"
     from tqdm.auto import tqdm
@@ -568,7 +554,7 @@ def write_manifest(run:Run, # What was measured
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
     run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
 
-# %% ../nbs/api/06_panel.ipynb #d20c4ada
+# %% ../nbs/api/06_panel.ipynb #0aec8cc1
 def evaluate(config, # An EvaluateConfig
             )->Run: # The run, with its `evals` folder
     "Run a panel on one run; what is already there is kept"
@@ -588,14 +574,14 @@ def evaluate(config, # An EvaluateConfig
     if run.arm=='base' and not run.finished: run.finish(dict(model=model, source=run.identity.get('source')))
     return run
 
-# %% ../nbs/api/06_panel.ipynb #842ebd6e
+# %% ../nbs/api/06_panel.ipynb #f8b21f96
 def skipped(run:Run)->dict: # Task -> reason
     "What was not run, and why"
     path = run/'evals/manifest.json'
     tasks = run.read_json('evals/manifest.json')['tasks'] if path.is_file() else {}
     return {name: note['reason'] for name,note in sorted(tasks.items()) if note['status']=='skipped'}
 
-# %% ../nbs/api/06_panel.ipynb #78d3a043
+# %% ../nbs/api/06_panel.ipynb #de21a490
 def read_rows(run:Run, # An evaluated run
               tasks=None, # Only these tasks
              )->pd.DataFrame: # All item rows

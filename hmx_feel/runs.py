@@ -260,8 +260,9 @@ def runs_root(asked='', # A folder; empty = decide by the environment
     home = next((p for p in (here, *here.parents) if (p/'settings.ini').is_file()), here)
     return home/'runs'
 
-# %% ../nbs/api/00_runs.ipynb #2a3f09f0
-MODELS = ('tiny','qwen3-0.6b','qwen3-4b','qwen3-8b','gemma2-2b-it','llama3.2-3b')
+# %% ../nbs/api/00_runs.ipynb #7c4207a1
+MODELS = {'tiny': 'tiny', 'qwen3-0.6b': 'Qwen/Qwen3-0.6B', 'qwen3-4b': 'Qwen/Qwen3-4B', 'qwen3-8b': 'Qwen/Qwen3-8B',
+          'gemma2-2b-it': 'google/gemma-2-2b-it', 'llama3.2-3b': 'meta-llama/Llama-3.2-3B-Instruct'} # short name -> hub id
 
 def model_slug(model:str, # Short name, hub id or local folder
               )->str: # One path part

@@ -1,0 +1,107 @@
+"Training: rewards of the arms, one real run on a stand-in, the same run twice"
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hmx_feel.grpo import arm_rewards, check_run, samples, settings_table, train
+from hmx_feel.rubric import load_arm
+from hmx_feel.runs import Run, TrainConfig, UserError, read_parquet
+
+SMALL = dict(steps=3, max_completion=24, probe_every=3, completions_per_step=16, min_mass=0., save_every=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from standins import make_standin
+    return str(make_standin("qwen3", tmp_path_factory.mktemp("qwen3")))
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    return train(TrainConfig(model=model, arm="reverse", seed=1, runs=str(tmp_path_factory.mktemp("runs")), **SMALL))
+
+
+def test_a_missing_score_is_never_paid():
+    pay = np.array([.2, np.nan, .9, .4])
+    for name in ("forward", "reverse", "placebo"):
+        assert np.isnan(arm_rewards(load_arm(name), pay, np.zeros(4, bool), 4, 0)).sum() == 1
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "inverted", "vicarious", "placebo"])
+def test_a_failed_veto_is_the_worst_of_its_group(name):
+    pay = np.linspace(0, 1, 16)
+    failed = np.zeros(16, bool)
+    failed[[0, 7, 15]] = True
+    rewards = arm_rewards(load_arm(name), pay, failed, 8, 3)
+    for group, bad in zip(rewards.reshape(2, 8), failed.reshape(2, 8), strict=True):
+        assert (group[bad] == group.min()).all()
+
+
+def test_the_folder_holds_what_later_stages_read(run):
+    assert run.finished
+    for name in ("config.json", "env.json", "metrics.jsonl", "timings.jsonl", "drift.jsonl", "adapter/adapter_model.safetensors"):
+        assert (run / name).is_file(), name
+    assert len(list((run / "completions").glob("*.parquet"))) == 3
+    assert [p.stem for p in sorted((run / "drift").glob("*.parquet"))] == ["000000", "000003"]
+
+
+def test_metrics_tell_score_from_reward(run):
+    m = run.metrics()
+    assert list(m.step) == [1, 2, 3]
+    rows = pd.concat([read_parquet(p) for p in sorted((run / "completions").glob("*.parquet"))])
+    paid = rows[rows.veto == ""]
+    np.testing.assert_allclose(paid.reward, -paid.score)
+    np.testing.assert_allclose(m.score, rows.groupby("step").score.mean(), atol=1e-6)
+    assert not [c for c in m if "time" in c or "runtime" in c]
+
+
+def test_asked_and_resolved_stand_side_by_side(run):
+    table = settings_table(run)
+    assert table.loc["steps", ["asked", "resolved", "trainer"]].tolist() == ["3", "3", "3"]
+    assert table.loc["lr", "asked"] == "" and float(table.loc["lr", "resolved"]) == float(table.loc["lr", "trainer"]) == 1e-5
+    assert table.loc["mask_truncated_completions", "trainer"] == "True" and table.loc["scale_rewards", "trainer"] == "batch"
+
+
+def test_samples_are_drawn_by_the_seed(run):
+    a, b = samples(run, seed=1), samples(run, seed=1)
+    assert a.equals(b) and not a.equals(samples(run, seed=2)) and list(a.columns) == ["prompt", "before", "after"]
+
+
+def test_equal_seeds_give_equal_bytes(run, model, tmp_path):
+    again = train(TrainConfig(model=model, arm="reverse", seed=1, runs=str(tmp_path), **SMALL))
+    for name in ("metrics.jsonl", "drift.jsonl", "adapter/adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (run / name).read_bytes(), name
+    assert again.id8 == run.id8
+
+
+def test_arms_of_a_seed_start_alike_and_seeds_do_not(run, model, tmp_path):
+    "Same prompts and same first completions in another arm; others under another seed"
+    first = lambda r: read_parquet(r / "completions" / "000001.parquet")
+    fields = dict(SMALL, steps=1)
+    forward = train(TrainConfig(model=model, arm="forward", seed=1, runs=str(tmp_path), **fields))
+    other = train(TrainConfig(model=model, arm="forward", seed=2, runs=str(tmp_path), **fields))
+    assert first(forward)[["prompt_id", "completion"]].equals(first(run)[["prompt_id", "completion"]])
+    assert not first(other).prompt_id.equals(first(run).prompt_id)
+
+
+def test_a_finished_run_is_not_run_again(run, model):
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is finished"):
+        train(TrainConfig(model=model, arm="reverse", seed=1, runs=str(run.root), **SMALL))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_lost_its_judge_stops(model, tmp_path):
+    "Every score missing for 20 steps ends the run without a result"
+    config = TrainConfig(model=model, runs=str(tmp_path), **dict(SMALL, steps=25, max_completion=4, min_mass=.999, probe_every=25))
+    with pytest.raises(UserError, match="were missing for 20 steps"): train(config)
+    folder = next(tmp_path.glob("*/forward/*"))
+    assert not Run.open(folder).finished and len((folder / "metrics.jsonl").read_text().splitlines()) == 20
+    assert all(json.loads(line)["missing"] == 1 for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_nothing_is_written_for_a_refused_run(tmp_path):
+    with pytest.raises(UserError): check_run(TrainConfig(model="no-such-model", runs=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
