@@ -18,8 +18,8 @@ from .runs import (SCHEMA, UNSEEDED, UserError, find_runs, model_slug, nearest, 
 # %% auto #0
 __all__ = ['KEYS', 'COLUMNS', 'HEADLINE', 'MARGIN', 'item_values', 'paired', 'generator', 'sign_flip', 'mcnemar_midp', 'Interval',
            'cluster_interval', 'holm', 'bh', 'summary', 'contrast_table', 'corrected', 'agreement', 'exam_result',
-           'smoothed', 'Comparison', 'verdicts', 'compare', 'Sentences', 'signed', 'sentences', 'claim',
-           'drawn_answers', 'score_table']
+           'smoothed', 'Comparison', 'verdicts', 'compare', 'Sentences', 'sentences', 'claim', 'drawn_answers',
+           'score_table']
 
 # %% ../nbs/api/07_stats.ipynb #c5cef053
 KEYS = ["item_id", "condition", "order"]
@@ -290,14 +290,15 @@ def _criterion_row(table, levels):
     return row | dict(accuracy=right / len(seen), low=float(low), high=float(high), chance=float(seen.known.value_counts(normalize=True).max()),
                       spearman=float(order), spread=seen.value[seen.known == seen.known.max()].mean() - seen.value[seen.known == seen.known.min()].mean()) | means
 
-# %% ../nbs/api/07_stats.ipynb #9eaec7a2
+# %% ../nbs/api/07_stats.ipynb #dfd5d3bc
 def exam_result(table:pd.DataFrame, # From `agreement`
                 least_spread:float=.1, # Below this distance between the highest and the lowest level a judge cannot steer
                )->dict: # agreement_min, agreement_mean, worst, spread_min, missing_max, distrust (criteria), sentence
     "The exam in a few numbers and one sentence"
-    bad = table[~(table.low > table.chance) | ~(table.spread >= least_spread)].criterion.tolist()
+    told = table[~(table.chance == 1)]   # where all answers have one known level, chance is always right and no spread can show
+    bad = told[~(told.low > told.chance) | ~(told.spread >= least_spread)].criterion.tolist()
     out = dict(agreement_min=float(table.accuracy.fillna(0).min()), agreement_mean=float(table.accuracy.fillna(0).mean()), worst=table.criterion[table.accuracy.fillna(-1).idxmin()],
-               spread_min=float(table.spread.fillna(0).min()), missing_max=float(table.missing.max()), distrust=bad)
+               spread_min=float(told.spread.fillna(0).min()) if len(told) else 0., missing_max=float(table.missing.max()), distrust=bad)
     low = f"Lowest agreement {out['agreement_min']:.0%} ({out['worst']}), smallest spread {out['spread_min']:.2f}, at most {out['missing_max']:.0%} missing"
     return out | dict(sentence=f"{low}; {'distrust ' + ', '.join(bad) if bad else 'nothing found to distrust'}.")
 
@@ -434,7 +435,7 @@ def compare(config, # A CompareConfig
     table = verdicts(pd.concat(tables, ignore_index=True), config.alpha)
     return _written(Comparison(rows, table, _means(rows, config.alpha), pd.DataFrame(missed, columns=["arm", "seed", "task", "reason"]), seeds, _folder(config)), runs, config)
 
-# %% ../nbs/api/07_stats.ipynb #9e84e92f
+# %% ../nbs/api/07_stats.ipynb #60992b90
 def _folder(config):
     "Where the tables and figures of a comparison lie"
     return Path(config.out).expanduser() if config.out else config.root / "compare" / model_slug(config.model)
@@ -448,7 +449,7 @@ def _not_measured(found):
     "What some run was not measured on although the panel or another run has it"
     every = sorted({t for _, notes in found.values() for t in notes})
     why = lambda note: None if note and note["status"] == "done" else note["reason"] if note else "not in the panel that this run was measured with"
-    return [dict(arm=r.arm, seed=None if r.arm == "base" else r.seed, task=t, reason=why(notes.get(t))) for r, (_, notes) in found.items() for t in every if why(notes.get(t))]
+    return [dict(arm=r.arm, seed="" if r.arm == "base" else r.seed, task=t, reason=why(notes.get(t))) for r, (_, notes) in found.items() for t in every if why(notes.get(t))]
 
 def _written(found, runs, config):
     "Write the tables of a comparison"
@@ -457,48 +458,53 @@ def _written(found, runs, config):
         seeds=found.seeds, runs={a: [r.path.name for r in rs] for a, rs in runs.items()}, rows=found.contrasts.to_dict("records")))
     return found
 
-# %% ../nbs/api/07_stats.ipynb #50f699e8
+# %% ../nbs/api/07_stats.ipynb #670038b9
 class Sentences(str):
     "Text that a notebook shows as markdown"
     def _repr_markdown_(self): return str(self)
 
-def signed(x:float, # A difference
-          )->str: # `+0.123`; a true minus sign, and no sign at 0
-    "A difference with its sign"
-    text = f"{x:+.3f}"
-    return "0.000" if text[1:] == "0.000" else text.replace("-", "−")
+def _signed(x, digits=3):
+    "A difference with its sign, a true minus, and no sign at 0"
+    text = f"{x:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 def _phrase(row):
-    "One contrast in words"
-    what = f"{row.contrast.replace(' - ', ' − ')}, {row.task} {row.metric}"
-    if np.isnan(row.estimate): return f"{what} ({row.reason})"
-    width = f" [{signed(row.low)}, {signed(row.high)}]" if np.isfinite(row.low) else f" ({row.reason})"
-    return f"{what} {signed(row.estimate)}{width}" + (f", {row.verdict}" if row.verdict in ("enhanced", "degraded") else "")
+    "One measure in words"
+    if np.isnan(row.estimate): return f"{row.task} {row.metric} ({row.reason})"
+    width = f"[{_signed(row.low)}, {_signed(row.high)}]" if np.isfinite(row.low) else f"({row.reason})"
+    return f"{row.task} {row.metric} {_signed(row.estimate)} {width}" + (f" {row.verdict}" if row.verdict in ("enhanced", "degraded") else "")
 
-# %% ../nbs/api/07_stats.ipynb #b190d117
+def _told(name, rows):
+    "Contrasts in words, one line each"
+    lines = [f"- {c.replace(' - ', ' − ')}: {'; '.join(_phrase(r) for r in part.itertuples())}" for c, part in rows.groupby("contrast", sort=False)]
+    return "\n".join([f"**{name}**:\n", *lines]) if lines else f"**{name}**: nothing"
+
+# %% ../nbs/api/07_stats.ipynb #42228308
 def sentences(contrasts:pd.DataFrame, # `Comparison.contrasts`
               alpha:float=.05, # 1 - coverage of the intervals, as they were made
-              most:int=8, # Contrasts told per sentence; the rest are counted
              )->Sentences: # Markdown
     "What moved, what did not, and what cannot be told"
     out, told = [], contrasts[contrasts.direction != ""]
     for seed, part in told.groupby("seed"):
-        if told.seed.nunique() > 1: out.append(f"**Seed {seed}**")
+        if told.seed.nunique() > 1: out.append(f"Training seed {seed}")
         head = part[(part.task == HEADLINE[0]) & (part.metric == HEADLINE[1])]
         if head.empty: out.append("Whether the treatment took was not measured: the panel has no sampled answers.")
-        for _, row in head[~head.change.isin(["up", "down"])].iterrows(): out.append(f"**The treatment did not take** in {_phrase(row)}: no verdict on this contrast.")
-        groups = {"What moved": part[part.change.isin(["up", "down"])], "What did not": part[part.change == "none"], "What cannot be told": part[part.change == "open"]}
-        for name, rows in groups.items():
-            text = "; ".join(_phrase(r) for _, r in rows[:most].iterrows()) or "nothing"
-            out.append(f"**{name}**: {text}{f'; and {len(rows) - most} more' * (len(rows) > most)}.")
+        untaken = head[~head.change.isin(["up", "down"])]
+        if len(untaken): out.append(_told("The treatment did not take, so there is no verdict", untaken))
+        part = part.drop(untaken.index)
+        groups = {"What moved": ["up", "down"], "What did not": ["none"], "What cannot be told": ["open"]}
+        out += [_told(name, part[part.change.isin(changes)]) for name, changes in groups.items()]
     return Sentences("\n\n".join([*out, f"Differences with {100 * (1 - alpha):g} % intervals, level {', '.join(contrasts.level.unique())}: these two checkpoints on these items."]))
 
 def claim(contrasts:pd.DataFrame, # `Comparison.contrasts` of one seed
+          others:bool=False, # Speak about everything but the rubric's score
          )->str: # A line
-    "The headline of a figure: rubric score of each arm against the untrained model"
-    head = contrasts[(contrasts.task == HEADLINE[0]) & (contrasts.metric == HEADLINE[1]) & (contrasts.b == "base")]
-    say = lambda x: signed(x) if np.isfinite(x) else "no score"
-    return "Rubric score against the untrained model: " + (", ".join(f"{r.a} {say(r.estimate)}" for r in head.itertuples()) or "not measured")
+    "The headline of a figure, about each arm against the untrained model"
+    head = (contrasts.task == HEADLINE[0]) & (contrasts.metric == HEADLINE[1])
+    seen = contrasts[(contrasts.b == "base") & (contrasts.direction != "") & (~head if others else head)]
+    if seen.empty: return "Nothing else was measured" if others else "Rubric score: not measured"
+    if others: return "Other measures that moved: " + ", ".join(f"{a} {part.change.isin(['up', 'down']).sum()} of {len(part)}" for a, part in seen.groupby("a", sort=False))
+    return "Rubric score against base: " + ", ".join(f"{r.a} {_signed(r.estimate, 2) if np.isfinite(r.estimate) else 'missing'}" for r in seen.itertuples())
 
 # %% ../nbs/api/07_stats.ipynb #3e3346b2
 def drawn_answers(rows_by_arm:dict, # Arm -> item rows of one run
