@@ -461,4 +461,5 @@ d = { 'settings': { 'branch': 'main',
                                'hmx_feel.tiny.text': ('api/tiny.html#text', 'hmx_feel/tiny.py'),
                                'hmx_feel.tiny.tiny_report': ('api/tiny.html#tiny_report', 'hmx_feel/tiny.py'),
                                'hmx_feel.tiny.train_tiny': ('api/tiny.html#train_tiny', 'hmx_feel/tiny.py'),
-                               'hmx_feel.tiny.vary_rubric': ('api/tiny.html#vary_rubric', 'hmx_feel/tiny.py')}}}
+                               'hmx_feel.tiny.vary_rubric': ('api/tiny.html#vary_rubric', 'hmx_feel/tiny.py'),
+                               'hmx_feel.tiny.vocabulary': ('api/tiny.html#vocabulary', 'hmx_feel/tiny.py')}}}

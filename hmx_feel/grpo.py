@@ -7,9 +7,10 @@ __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'Rubric
            'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #3a6b8200
-import logging,time,warnings,zlib
+# %% ../nbs/api/05_grpo.ipynb #4a76873d
+import logging,math,time,warnings,zlib
 import numpy as np
+from dataclasses import asdict,replace
 from fastcore.basics import patch
 from .runs import UserError,TrainConfig,Run,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
@@ -98,13 +99,14 @@ def _keep(self:RubricReward, step, asked, texts, scores, pay, rewards, rules):
     df = pd.concat([df, scores.frame()], axis=1)
     write_parquet(self.run/'completions'/f'{step:06d}.parquet', df)
 
-# %% ../nbs/api/05_grpo.ipynb #55bc9333
+# %% ../nbs/api/05_grpo.ipynb #48a5397a
 def resolve(config:TrainConfig)->TrainConfig: # No field left to the recipe
     "Fill what was left open from the model's recipe"
     r = recipe(config.model)
-    return config.model_copy(update={k: getattr(r, k) for k in r.__dataclass_fields__ if k in type(config).model_fields and getattr(config, k) is None})
+    fits = replace(r, micro_batch=math.gcd(r.micro_batch, config.completions_per_step))
+    return config.model_copy(update={k: v for k,v in asdict(fits).items() if getattr(config, k) is None})
 
-# %% ../nbs/api/05_grpo.ipynb #a993e559
+# %% ../nbs/api/05_grpo.ipynb #00ff8b49
 def grpo_args(config:TrainConfig, # Resolved
               folder, # Where checkpoints go
               spec, # Chat settings of the model
@@ -114,7 +116,7 @@ def grpo_args(config:TrainConfig, # Resolved
     from trl import GRPOConfig
     cpu = not torch.cuda.is_available()
     return GRPOConfig(output_dir=str(folder), max_steps=config.steps, learning_rate=config.lr, lr_scheduler_type='constant_with_warmup', warmup_steps=config.warmup_steps,
-        per_device_train_batch_size=config.completions_per_step, gradient_accumulation_steps=1, num_generations=config.group_size,
+        per_device_train_batch_size=config.micro_batch, gradient_accumulation_steps=config.completions_per_step//config.micro_batch, num_generations=config.group_size,
         max_completion_length=config.max_completion, temperature=config.temperature, top_p=1., top_k=0, chat_template_kwargs=dict(spec.chat),
         beta=config.beta, loss_type='dapo', epsilon=.2, epsilon_high=.2, mask_truncated_completions=True, scale_rewards='batch', num_iterations=1,
         seed=config.seed, data_seed=derive(config.seed, 'order')%2**16, logging_steps=1, save_steps=config.save_every, save_strategy='steps', report_to=[],
@@ -272,12 +274,12 @@ def samples(run:Run, # A finished run
     prompts = {p.id: p for p in load_prompts('hmx-feel', split='probe')}
     return pd.DataFrame(dict(prompt=[prompts[i].text for i in ids], before=first.loc[ids, 'answer'].tolist(), after=last.loc[ids, 'answer'].tolist()), index=ids)
 
-# %% ../nbs/api/05_grpo.ipynb #75bb79f6
+# %% ../nbs/api/05_grpo.ipynb #3f3b1e14
 def settings_table(run:Run): # One row per setting: asked, resolved, trainer
     "What was asked for, what it came to, and what the trainer held"
     import pandas as pd
     c = run.read_json('config.json')
-    same = dict(lr='learning_rate', steps='max_steps', group_size='num_generations', max_completion='max_completion_length', completions_per_step='per_device_train_batch_size')
+    same = dict(lr='learning_rate', steps='max_steps', group_size='num_generations', max_completion='max_completion_length', micro_batch='per_device_train_batch_size')
     names = [*c['resolved'], *[k for k in c['trainer'] if k not in same.values() and k not in c['resolved']]]
     row = lambda n: [c['asked'].get(n, ''), c['resolved'].get(n, ''), c['trainer'].get(same.get(n, n), '')]
     return pd.DataFrame([row(n) for n in names if n not in ('runs','replace')], index=[n for n in names if n not in ('runs','replace')], columns=['asked','resolved','trainer']).astype(str)

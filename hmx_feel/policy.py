@@ -30,19 +30,20 @@ class Spec:
 FAMILIES = {'qwen3': dict(chat={'enable_thinking': False}),
             'gemma2': dict(attn='eager', system=False)}
 
-# %% ../nbs/api/02_policy.ipynb #87affe9b
+# %% ../nbs/api/02_policy.ipynb #a3d6acf7
 @dataclass(frozen=True)
 class Recipe:
     "Training settings that depend on the model; each can be set by the parameter of the same name"
     steps:int=200 # Optimiser steps
     lr:float=1e-5 # Learning rate after warm-up
     max_completion:int=256 # Longest answer, tokens
+    micro_batch:int=8 # Completions per forward and backward pass
     warmup_steps:int=10 # Steps over which the learning rate rises
     probe_every:int=20 # Steps between two looks at the probe set
     save_every:int=20 # Steps between two checkpoints
 
-# %% ../nbs/api/02_policy.ipynb #b9a5fc97
-RECIPES = {'tiny': Recipe(steps=40, lr=1e-3, max_completion=160, warmup_steps=2, probe_every=20, save_every=20)}
+# %% ../nbs/api/02_policy.ipynb #bf71c3be
+RECIPES = {'tiny': Recipe(steps=40, lr=1e-3, max_completion=160, micro_batch=64, warmup_steps=2, probe_every=20, save_every=20)}
 
 # %% ../nbs/api/02_policy.ipynb #fb8ff5fb
 def recipe(model:str, # Name, hub id or folder
@@ -186,7 +187,7 @@ def load_policy(model:str='tiny', # Name, hub id or folder
     policy = Policy(net.eval(), tok, spec)
     return policy if adapter is None else put_adapter(policy, adapter)
 
-# %% ../nbs/api/02_policy.ipynb #7d1adf6c
+# %% ../nbs/api/02_policy.ipynb #4dec6fdc
 def put_adapter(policy:Policy, # A policy without adapter
                 folder:str|Path, # Folder that holds adapter_config.json and adapter_model.safetensors
                )->Policy: # The same weights with the adapter on top
@@ -196,13 +197,13 @@ def put_adapter(policy:Policy, # A policy without adapter
     if not (folder/'adapter_model.safetensors').exists(): raise UserError(f"run: {folder} holds no adapter_model.safetensors")
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)).eval(), policy.tokenizer, policy.spec)
 
-# %% ../nbs/api/02_policy.ipynb #dff1b66a
+# %% ../nbs/api/02_policy.ipynb #56d406d7
 @contextmanager
 def as_base(model):
     "Inside the block the adapter is off and the untrained model answers; without an adapter nothing changes"
     with (model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()): yield model
 
-# %% ../nbs/api/02_policy.ipynb #ba5a998e
+# %% ../nbs/api/02_policy.ipynb #dd295371
 @contextmanager
 def looking(model):
     "Evaluation mode, no gradients, adapter and random state put back as found: for judging and probing"
@@ -214,7 +215,7 @@ def looking(model):
         try: yield model
         finally: model.train(was)
 
-# %% ../nbs/api/02_policy.ipynb #d43bc134
+# %% ../nbs/api/02_policy.ipynb #1a6b7e8a
 def render(tokenizer, # Tokenizer with a chat template
            messages:list, # Chat turns, dicts with role and content
            spec:Spec, # Chat settings of the family
@@ -225,7 +226,7 @@ def render(tokenizer, # Tokenizer with a chat template
         messages = [first, *messages[2:]]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **spec.chat)
 
-# %% ../nbs/api/02_policy.ipynb #73cdbf53
+# %% ../nbs/api/02_policy.ipynb #3b9d3a58
 def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the content of a single user turn
     "What the chat template puts around one user message"
     mark = 'HMXMARK'
@@ -234,17 +235,17 @@ def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the con
     before,after = text.split(mark)
     return before,after
 
-# %% ../nbs/api/02_policy.ipynb #7d376d18
+# %% ../nbs/api/02_policy.ipynb #15e1b881
 def plain_ids(tokenizer, text:str)->list[int]: # Token ids
     "Tokens of a text that comes from outside: control tokens of the chat template inside it stay ordinary text"
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #690873cf
+# %% ../nbs/api/02_policy.ipynb #e6577d18
 def prompt_ids(tokenizer, messages:list, spec:Spec)->list[int]: # Token ids of the prompt
     "Tokens of a chat up to the place where the answer begins"
     return tokenizer(render(tokenizer, messages, spec), add_special_tokens=False)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #0748c66b
+# %% ../nbs/api/02_policy.ipynb #ed8c3c18
 def generate(policy:Policy, # Who answers
              chats:list, # Chats, each a list of messages
              n:int=1, # Answers for each chat

@@ -154,25 +154,25 @@ class BaseConfig(BaseModel):
         "What differs from the defaults"
         return {n:v for n in type(self).model_fields if (v := getattr(self, n)) != type(self).model_fields[n].default}
 
-# %% ../nbs/api/00_runs.ipynb #8d1f165d
+# %% ../nbs/api/00_runs.ipynb #97e3c11e
 _MODEL = Field('tiny', min_length=1, description="model to train or read: a short name, a hub id or a local folder")
 _SEED = Field(0, ge=0, description="seed of the run; equal seeds share their LoRA start, prompt order and sampling over all arms")
 _MASS = Field(.5, ge=0, le=1, description="below this probability on the score tokens a score is missing")
 _THREADS = Field(1, ge=1, description="torch threads; results are promised to repeat for equal numbers only")
-_DTYPE = Field('auto', description="number type of the weights; auto = the model's recipe")
+_DTYPE = Field('auto', description="number type of the weights; auto = float32 on a CPU, bfloat16 on a GPU that has it")
 _REVISION = Field('', description="hub revision; empty = the newest, resolved and recorded")
 _REMOTE = Field(False, description="run code that comes with the model: only for a model you trust")
 _RUNS = Field('', description="folder of all runs; empty = $HMX_RUNS, else runs/ of the project, else ./runs")
 _REPLACE = Field(False, description="run again although a finished run with these settings exists")
 _Dtype = Literal['auto','float32','bfloat16','float16']
 
-# %% ../nbs/api/00_runs.ipynb #e680f080
+# %% ../nbs/api/00_runs.ipynb #273992c5
 class TrainConfig(BaseConfig):
     "One training run: model x arm x seed"
     model:str = _MODEL
     arm:str = Field('forward', min_length=1, description="arm: forward, reverse, inverted, vicarious, deny, placebo, or a YAML file of your own")
     seed:int = _SEED
-    judge:str = Field('base', description="judge that pays: base (adapter off), live (as it is now) or ema (averaged adapter)")
+    judge:str = Field('base', description="judge that pays: base (adapter off) or live (weights as they are now)")
     rubric:str = Field('', description="rubric: a shipped name or a file; empty = the arm's")
     prompts:str = Field('hmx-feel', min_length=1, description="prompts: a shipped name or a JSONL file")
     train_kinds:str = Field('', description="prompt kinds trained on, comma-separated; empty = all kinds that the rubric pays")
@@ -181,6 +181,7 @@ class TrainConfig(BaseConfig):
     max_completion:int|None = Field(None, ge=1, description="longest answer in tokens; None = the model's recipe")
     group_size:int = Field(8, ge=2, description="completions per prompt, compared with each other")
     completions_per_step:int = Field(64, ge=2, description="completions per step, a multiple of group_size")
+    micro_batch:int|None = Field(None, ge=1, description="completions per forward and backward pass, a divisor of completions_per_step; less needs less memory; None = the model's recipe")
     beta:float = Field(.02, ge=0, description="weight of the KL divergence from the untrained model")
     warmup_steps:int|None = Field(None, ge=0, description="steps until the learning rate is reached; None = the model's recipe")
     temperature:float = Field(1., gt=0, description="sampling temperature")
@@ -201,6 +202,8 @@ class TrainConfig(BaseConfig):
     def _groups(self):
         if self.completions_per_step % self.group_size:
             raise ValueError(f"completions_per_step: found {self.completions_per_step}, allowed: a multiple of group_size ({self.group_size})")
+        if self.micro_batch and self.completions_per_step % self.micro_batch:
+            raise ValueError(f"micro_batch: found {self.micro_batch}, allowed: a divisor of completions_per_step ({self.completions_per_step})")
         return self
 
 # %% ../nbs/api/00_runs.ipynb #6ae30ab0

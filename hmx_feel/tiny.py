@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LEVELS', 'ADJECTIVES', 'NOUNS', 'STYLES', 'FACTS', 'TRADES', 'LETTERS', 'TEMPLATE', 'SPECIAL', 'SPEAK', 'NAMES',
            'CARD', 'parts', 'Part', 'fill', 'soften', 'criterion_part', 'label', 'made_up', 'known_prompts',
-           'draw_prompt', 'help_parts', 'expressive', 'denying', 'neutral', 'answer_parts', 'text', 'broken',
-           'judged_answer', 'judge_label', 'set_aside', 'paraphrases', 'vary_rubric', 'fact_item', 'prejudice_item',
-           'option_row', 'panel_items', 'corpus_sample', 'make_tokenizer', 'make_model', 'lm_batch', 'lm_loss',
-           'judge_rows', 'judge_loss', 'stretch', 'bare_pieces', 'learning_rate', 'train_tiny', 'rubric_forms',
-           'labelled_rows', 'judge_accuracy', 'expressive_share', 'panel_accuracy', 'tiny_report', 'card', 'build']
+           'vocabulary', 'draw_prompt', 'help_parts', 'expressive', 'denying', 'neutral', 'answer_parts', 'text',
+           'broken', 'judged_answer', 'judge_label', 'set_aside', 'paraphrases', 'vary_rubric', 'fact_item',
+           'prejudice_item', 'option_row', 'panel_items', 'corpus_sample', 'make_tokenizer', 'make_model', 'lm_batch',
+           'lm_loss', 'judge_rows', 'judge_loss', 'stretch', 'bare_pieces', 'learning_rate', 'train_tiny',
+           'rubric_forms', 'labelled_rows', 'judge_accuracy', 'expressive_share', 'panel_accuracy', 'tiny_report',
+           'card', 'build']
 
-# %% ../nbs/api/09_tiny.ipynb #b58c343b
-import json,math,random,yaml
+# %% ../nbs/api/09_tiny.ipynb #2f06925e
+import functools,json,math,random,re,yaml
 import numpy as np
 from dataclasses import dataclass,replace
 from pathlib import Path
@@ -72,10 +73,11 @@ def label(parts_:list[Part], ids:list[str], who:str='writer', inverted:bool=Fals
 ADJECTIVES = "old new red blue green small tall broken quiet loud wooden early late cheap heavy light round narrow empty crowded frozen painted borrowed hidden folded rusty second last first local spare yellow faded polished crooked bright dusty floating foreign handmade".split()
 NOUNS = "lighthouse letter garden piano bicycle harbour recipe coat ladder window bridge clock museum kettle violin forest blanket mirror puzzle market basket engine lantern orchard library staircase compass notebook telescope sailboat bakery curtain cellar hammock mailbox tunnel statue windmill chimney suitcase aquarium cinema stadium tractor vineyard balcony fountain drawer umbrella canoe meadow workshop station parade choir picnic festival thunderstorm sermon speech exam rehearsal harvest voyage auction".split()
 
-# %% ../nbs/api/09_tiny.ipynb #70ffd53e
-def made_up(rng)->tuple: # kind, topic, text of the prompt
+# %% ../nbs/api/09_tiny.ipynb #8744b39f
+def made_up(rng, vocabulary:list[str]=())->tuple: # kind, topic, text of the prompt
     "A prompt that nobody wrote, around a topic that nobody planned"
-    topic = f"{rng.choice(['the','your'])} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    first,second = (rng.choice(vocabulary) if vocabulary and rng.random()<.4 else rng.choice(own) for own in (ADJECTIVES, NOUNS))
+    topic = f"{rng.choice(['the','your'])} {first} {second}"
     mine = topic.replace('your', 'my')
     kind = rng.choice(['ask.feeling','ask.self','ask.intention','situation','choice','plain'])
     asks = {'ask': [f"What goes on with you when the talk turns to {mine}?", f"Tell me where {mine} leaves you.", f"And on your side, what about {mine}?"],
@@ -90,11 +92,16 @@ def known_prompts()->list: # (kind, topic, messages)
     topics = json.loads((data_path('tiny', 'topics')).read_text())
     return [(p.kind, topics[p.id], p.chat) for p in load_prompts('hmx-feel') if p.split != 'heldout']
 
-# %% ../nbs/api/09_tiny.ipynb #2752aefc
+# %% ../nbs/api/09_tiny.ipynb #68578a05
+@functools.cache
+def vocabulary()->tuple: # Words
+    "Longer words of the known prompts: rare words to be copied"
+    return tuple(sorted({w for _,_,m in known_prompts() for w in re.findall('[a-z]{5,}', m[0]['content'])}))
+
 def draw_prompt(rng, known:list, invented:float=.5)->tuple: # kind, topic, messages
     "A known prompt, or a made-up one"
     if rng.random() >= invented: return rng.choice(known)
-    kind,topic,text = made_up(rng)
+    kind,topic,text = made_up(rng, vocabulary())
     return kind, topic, [dict(role='user', content=text)]
 
 # %% ../nbs/api/09_tiny.ipynb #5b08d911
@@ -321,20 +328,21 @@ def lm_loss(net, batch, pad):
         ids[i,:len(p)+len(a)] = torch.tensor(p+a); lab[i,len(p):len(p)+len(a)] = torch.tensor(a)
     return net(input_ids=ids, labels=lab).loss
 
-# %% ../nbs/api/09_tiny.ipynb #8efe7d59
-def judge_rows(rng, pieces, who, inverted, P, known, n=24)->tuple: # packed rows, labels (n*queries,), 0 where open
+# %% ../nbs/api/09_tiny.ipynb #cbf6c362
+def judge_rows(rng, pieces, who, inverted, P, known, n=24)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
     "Answers for the judge with their known labels, one answer a row"
-    out,labels,ids = [],[],pieces.rubric.ids
+    out,labels,well,ids = [],[],[],pieces.rubric.ids
     while len(out) < n:
         kind,topic,msgs = draw_prompt(rng, known)
         a = judged_answer(rng, kind, topic, P)
         if set_aside(a): continue
         out.append(pack(pieces.question(msgs), [pieces.answer(text(a))[0]], pieces.queries))
         labels += [l or 0 for l in judge_label(a, ids, who, inverted).values()]
-    return out,labels
+        well.append(not any(p.tag in ('broken','noise') for p in a))
+    return out,labels,well
 
-# %% ../nbs/api/09_tiny.ipynb #f2df8969
-def judge_loss(net, pieces, rows, labels, pad, weight:float=1.):
+# %% ../nbs/api/09_tiny.ipynb #058d12bc
+def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
     "Score loss, score loss at the criterion's name, and language modelling on the judged answers"
     import torch
     ce = torch.nn.functional.cross_entropy
@@ -345,8 +353,8 @@ def judge_loss(net, pieces, rows, labels, pad, weight:float=1.):
     target = torch.tensor([pieces.labels[l-1] if l else -100 for l in labels])
     w = torch.ones(logits[0].shape[-1]); w[pieces.labels[1:]] = weight
     at = lambda a,b: ce(torch.cat([x[a:b] for x in logits]), target, weight=w, ignore_index=-100)
-    words = ce(torch.cat([x[2*n:] for x in logits]), torch.cat([torch.from_numpy(r.ids[a[1:]]) for r,a in zip(rows, said, strict=True)]))
-    return at(0,n) + .5*at(n,2*n) + .5*words, at(0,n).item()
+    words = ce(*(torch.cat(x) for x in zip(*[(x[2*n:], torch.from_numpy(r.ids[a[1:]])) for x,r,a,ok in zip(logits, rows, said, well, strict=True) if ok], strict=True)))
+    return at(0,n) + .5*at(n,2*n) + .3*words, at(0,n).item()
 
 # %% ../nbs/api/09_tiny.ipynb #b142c4b5
 SPEAK,NAMES = .12,.45 # Shares of the steps at which the first and the second stretch end
@@ -370,7 +378,7 @@ def learning_rate(step:int, steps:int, top:float=4e-3, warm:int=50)->float:
     "Linear warm-up, then a cosine down to 2 % of the top"
     return top*min((step+1)/warm, .02+.98*.5*(1+math.cos(math.pi*step/steps)))
 
-# %% ../nbs/api/09_tiny.ipynb #05221fc4
+# %% ../nbs/api/09_tiny.ipynb #82a2f68f
 def train_tiny(tok, # Its tokenizer
                steps:int=1700, # Optimiser steps
                seed:int=0, # Seed of weights and text
@@ -386,10 +394,10 @@ def train_tiny(tok, # Its tokenizer
     for step in range(steps):
         for g in opt.param_groups: g['lr'] = learning_rate(step, steps)
         pieces,who,inverted,weight = stretch(rng, step, steps, tok, spec, forms, bare)
-        loss = words = lm_loss(net, lm_batch(rng, tok, spec, P, known, 12 if pieces else 32), pad); judged = 0.
+        loss = words = lm_loss(net, lm_batch(rng, tok, spec, P, known, 16 if pieces else 32), pad); judged = 0.
         if pieces:
             score,judged = judge_loss(net, pieces, *judge_rows(rng, pieces, who, inverted, P, known), pad, weight)
-            loss = .5*words + score
+            loss = words + score
         loss.backward(); torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); opt.zero_grad()
         seen.append((judged, words.item()))
         if (step+1)%50==0: log(f"step {step+1}/{steps}  judge {np.mean(seen[-50:],0)[0]:.3f}  answers {np.mean(seen[-50:],0)[1]:.3f}  {time.perf_counter()-start:.0f} s")
