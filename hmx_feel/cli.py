@@ -7,7 +7,7 @@ __all__ = ['NOTEBOOKS', 'OTHERS', 'CHECKS', 'config_class', 'option', 'add_optio
            'finished_run', 'check_train', 'check_evaluate', 'check_calibrate', 'check_compare', 'run_command',
            'run_demo', 'run_rubric', 'run_tiny', 'usage', 'dispatch', 'main']
 
-# %% ../nbs/api/11_cli.ipynb #016c8928
+# %% ../nbs/api/11_cli.ipynb #92fed9ee
 import argparse,sys,tempfile
 from pathlib import Path
 import hmx_feel
@@ -15,7 +15,7 @@ from . import runs
 from .runs import SCHEMA,UserError,content_hash,nearest,find_runs,Run
 from .sweep import compare_folder,config_of,demo,report_path,run_notebook,NotebookFailed
 
-# %% ../nbs/api/11_cli.ipynb #d30e15bf
+# %% ../nbs/api/11_cli.ipynb #21137d72
 NOTEBOOKS = {
     'train': ('03_train', 'one training run: model x arm x seed'),
     'evaluate': ('04_evaluate', 'the panel of evaluation tasks on one run'),
@@ -23,29 +23,29 @@ NOTEBOOKS = {
     'compare': ('05_compare', 'paired statistics over the runs of a model'),
     'figures': ('06_figures', 'the figures of a comparison, as png and pdf with their data')}
 
-# %% ../nbs/api/11_cli.ipynb #111371ea
+# %% ../nbs/api/11_cli.ipynb #09aeec37
 OTHERS = {
     'demo': 'the main job on the embedded model: train forward and reverse, compare, one figure',
     'rubric': 'check a rubric file: hmx-feel rubric check FILE',
     'tiny': 'build the embedded model again'}
 
-# %% ../nbs/api/11_cli.ipynb #1e6f3747
+# %% ../nbs/api/11_cli.ipynb #c8c21a19
 def config_class(notebook:str, # Name of an experiment notebook
                 )->type: # A pydantic model
     "The config that belongs to a notebook"
     from hmx_feel.sweep import CONFIGS
     return getattr(runs, CONFIGS[notebook])
 
-# %% ../nbs/api/11_cli.ipynb #d557cb39
+# %% ../nbs/api/11_cli.ipynb #ac98b731
 def option(field:str, # Name of a config field
           )->str: # `--max-completion`
     "A field's name as an option"
     return '--'+field.replace('_','-')
 
-# %% ../nbs/api/11_cli.ipynb #3c8a77c3
+# %% ../nbs/api/11_cli.ipynb #5d161a05
 def _shown(default)->str: return 'None' if default is None else repr(default) if default=='' else str(default)
 
-# %% ../nbs/api/11_cli.ipynb #e4f2c725
+# %% ../nbs/api/11_cli.ipynb #06e8d8e8
 def add_options(parser:argparse.ArgumentParser, # Gets the options
                 config:type, # Config class
                )->argparse.ArgumentParser: # The same parser
@@ -56,12 +56,12 @@ def add_options(parser:argparse.ArgumentParser, # Gets the options
         parser.add_argument(option(name), dest=name, default=argparse.SUPPRESS, help=text, **how)
     return parser
 
-# %% ../nbs/api/11_cli.ipynb #d878af22
+# %% ../nbs/api/11_cli.ipynb #f8828b39
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kw): super().__init__(*args, allow_abbrev=False, **kw)
     def error(self, message): raise UserError(message.removeprefix('argument '))
 
-# %% ../nbs/api/11_cli.ipynb #e8fdeb28
+# %% ../nbs/api/11_cli.ipynb #f2ed994d
 def make_parser(command:str, # A name in `NOTEBOOKS`
                )->argparse.ArgumentParser: # Its parser
     "The parser of a notebook's command"
@@ -70,7 +70,7 @@ def make_parser(command:str, # A name in `NOTEBOOKS`
     parser = _Parser(prog=prog, usage=f'{prog} [OPTION VALUE ...]', description=f"{text} ({notebook}.ipynb)")
     return add_options(parser, config_class(notebook))
 
-# %% ../nbs/api/11_cli.ipynb #404fb0c9
+# %% ../nbs/api/11_cli.ipynb #00787cb1
 def _parse(parser:argparse.ArgumentParser, argv:list)->dict: # Given options by field name
     "Read the options; an unknown one is refused with the nearest known"
     given,left = parser.parse_known_args(argv)
@@ -80,7 +80,7 @@ def _parse(parser:argparse.ArgumentParser, argv:list)->dict: # Given options by 
         raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}; {parser.prog} --help lists all")
     return vars(given)
 
-# %% ../nbs/api/11_cli.ipynb #ec8c9456
+# %% ../nbs/api/11_cli.ipynb #9b794c42
 def check_writable(folder, # Where results will go; need not exist
                   )->Path: # The same
     "Refuse a place where nothing can be written; leaves no trace"
@@ -91,7 +91,7 @@ def check_writable(folder, # Where results will go; need not exist
     except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror})") from None
     return folder
 
-# %% ../nbs/api/11_cli.ipynb #1a49e02d
+# %% ../nbs/api/11_cli.ipynb #31a56413
 def finished_run(config, # Config with model and seed
                  arm:str, # Name of the arm
                  identity:dict, # What determines the result
@@ -101,7 +101,7 @@ def finished_run(config, # Config with model and seed
     same = lambda r: content_hash({k:r.identity.get(k) for k in known})==content_hash(known)
     return next((r for r in find_runs(config.root, config.model, arm, config.seed) if same(r)), None)
 
-# %% ../nbs/api/11_cli.ipynb #e050d362
+# %% ../nbs/api/11_cli.ipynb #f0d3ff16
 def check_train(config)->None:
     "Place, arm, rubric, prompts, judge, model, and whether this very run is finished already"
     from hmx_feel.grpo import check_run
@@ -112,7 +112,7 @@ def check_train(config)->None:
     run = finished_run(config, checked['arm'].name, checked['identity'])
     if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
 
-# %% ../nbs/api/11_cli.ipynb #6cfaabf7
+# %% ../nbs/api/11_cli.ipynb #7f666127
 def check_evaluate(config)->None:
     "Panel, benchmarks, place, a finished run to measure, and the model"
     from hmx_feel.panel import find_run,load_panel
@@ -124,7 +124,7 @@ def check_evaluate(config)->None:
     if config.run or config.arm!='base': find_run(config)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #1bb4ca13
+# %% ../nbs/api/11_cli.ipynb #ec6a6a15
 def check_calibrate(config)->None:
     "Rubric, labelled answers, place and model"
     from hmx_feel.judge import load_labelled
@@ -135,16 +135,16 @@ def check_calibrate(config)->None:
     check_writable(config.root)
     check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #ca2ea238
+# %% ../nbs/api/11_cli.ipynb #19d2f8bd
 def check_compare(config)->None:
     "At least one evaluated run, and a place for the tables"
     check_writable(compare_folder(config))
     if not find_runs(config.root, config.model): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
 
-# %% ../nbs/api/11_cli.ipynb #f9065369
+# %% ../nbs/api/11_cli.ipynb #2d667861
 CHECKS = dict(train=check_train, evaluate=check_evaluate, calibrate=check_calibrate, compare=check_compare, figures=check_compare)
 
-# %% ../nbs/api/11_cli.ipynb #75125cba
+# %% ../nbs/api/11_cli.ipynb #c7f924b5
 def run_command(command:str, # A name in `NOTEBOOKS`
                 argv:list, # Its options
                )->int: # Exit code
@@ -156,7 +156,7 @@ def run_command(command:str, # A name in `NOTEBOOKS`
     print(run_notebook(notebook, config.changed(), lambda: report_path(notebook, config)))
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #96f6c475
+# %% ../nbs/api/11_cli.ipynb #2b61d840
 def run_demo(argv:list)->int:
     "The main job"
     parser = _Parser(prog='hmx-feel demo', description=OTHERS['demo'])
@@ -168,7 +168,7 @@ def run_demo(argv:list)->int:
     demo(**given)
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #3ce20840
+# %% ../nbs/api/11_cli.ipynb #c3e72831
 def run_rubric(argv:list)->int:
     "Read a rubric and say what is in it"
     from hmx_feel.rubric import Rubric
@@ -179,7 +179,7 @@ def run_rubric(argv:list)->int:
     print(f"{r.name}: {len(r.criteria)} criteria in {len(r.dimensions)} dimensions, {len(r.held_out)} held out, {len(r.veto)} veto; hash {r.hash[:8]}")
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #333f28e6
+# %% ../nbs/api/11_cli.ipynb #9028e7be
 def run_tiny(argv:list)->int:
     "Build the embedded model again"
     _parse(_Parser(prog='hmx-feel tiny', description=OTHERS['tiny']), argv)
@@ -187,7 +187,7 @@ def run_tiny(argv:list)->int:
     build()
     return 0
 
-# %% ../nbs/api/11_cli.ipynb #2525dc92
+# %% ../nbs/api/11_cli.ipynb #b9751e20
 def usage()->str: # Text of `hmx-feel --help`
     "All commands, one line each"
     lines = {**{c:t for c,(_,t) in NOTEBOOKS.items()}, **OTHERS}
@@ -198,7 +198,7 @@ def usage()->str: # Text of `hmx-feel --help`
                       "hmx-feel COMMAND --help lists the options of a command.",
                       "hmx-feel --version prints the version."])
 
-# %% ../nbs/api/11_cli.ipynb #fa71f3fa
+# %% ../nbs/api/11_cli.ipynb #16575410
 def dispatch(argv:list)->int: # Exit code
     "Find the command and run it"
     if not argv or argv[0] in ('-h','--help','help'): print(usage()); return 0
@@ -210,7 +210,7 @@ def dispatch(argv:list)->int: # Exit code
     names = [*NOTEBOOKS, *OTHERS]
     raise UserError(f"unknown command {command!r}{nearest(command, names)}; there are {', '.join(names)}")
 
-# %% ../nbs/api/11_cli.ipynb #fcb75015
+# %% ../nbs/api/11_cli.ipynb #c4d9c67a
 def main(argv:list|None=None, # Arguments; those of the process unless given
         )->int: # Exit code: 0 done, 1 a notebook broke, 2 a mistake to mend, 130 interrupted
     "The command `hmx-feel`"

@@ -6,7 +6,7 @@
 __all__ = ['PATTERNS', 'words', 'distinct', 'longest_repeat', 'text_measures', 'text_veto', 'probe_answers', 'DriftLedger',
            'ledger_rows', 'ledger_summary']
 
-# %% ../nbs/api/04_drift.ipynb #fada3f67
+# %% ../nbs/api/04_drift.ipynb #720c0cb1
 import re
 import numpy as np
 from collections import Counter
@@ -16,18 +16,18 @@ from .policy import Policy,generate
 from .judge import Judge
 from fastcore.basics import patch
 
-# %% ../nbs/api/04_drift.ipynb #f1c4bb6c
+# %% ../nbs/api/04_drift.ipynb #cf6011c4
 def words(text:str)->list[str]: # Lower-case words
     "The words of a text"
     return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower())
 
-# %% ../nbs/api/04_drift.ipynb #816c9626
+# %% ../nbs/api/04_drift.ipynb #8f62abb3
 def distinct(ws:list[str], n:int=2)->float: # Share of n-grams that are different, 1 for texts shorter than n
     "distinct-n after Li et al. (2016), arXiv 1510.03055"
     grams = [tuple(ws[i:i+n]) for i in range(len(ws)-n+1)]
     return len(set(grams))/len(grams) if grams else 1.
 
-# %% ../nbs/api/04_drift.ipynb #bbf51d66
+# %% ../nbs/api/04_drift.ipynb #d4b13821
 def longest_repeat(ws:list[str])->int: # Words
     "Length of the longest run of words that occurs twice, overlaps allowed"
     low,high = 0,max(len(ws)-1, 0)
@@ -39,7 +39,7 @@ def longest_repeat(ws:list[str])->int: # Words
         low,high = (mid,high) if twice(mid) else (low,mid-1)
     return low
 
-# %% ../nbs/api/04_drift.ipynb #363460e5
+# %% ../nbs/api/04_drift.ipynb #558e7501
 PATTERNS = dict(
     first_person_feeling=r"\b(i|i'm|i am|me|my|in me)\b[^.!?]{0,40}\b(feel|feeling|felt|glad|sad|happy|afraid|moved|mood|joy|longing|tender\w*|wonder|relief|calm|stirred|proud|worr\w+)\b",
     denial=r"\b(no|not|never|nothing|without|don't|cannot)\b[^.!?]{0,40}\b(feel\w*|emotions?|moods?|experiences?|inner life|conscious\w*|wish\w*|aims?)\b",
@@ -49,7 +49,7 @@ PATTERNS = dict(
     hedge=r"\b(perhaps|maybe|possibly|might|may be|i think|it seems|cannot tell)\b",
     exclamation=r"!", emoji="[\U0001F300-\U0001FAFF\u2600-\u27BF]")
 
-# %% ../nbs/api/04_drift.ipynb #fd9c05af
+# %% ../nbs/api/04_drift.ipynb #6f3f42ef
 _COMPILED = {k: re.compile(v, re.I) for k,v in PATTERNS.items()}
 def text_measures(text:str)->dict: # Measure -> number
     "Counts of one text that need no language model"
@@ -57,7 +57,7 @@ def text_measures(text:str)->dict: # Measure -> number
     hits = {k: len(p.findall(text)) for k,p in _COMPILED.items()}
     return dict(words=len(ws), distinct2=distinct(ws), longest_repeat=longest_repeat(ws), **hits)
 
-# %% ../nbs/api/04_drift.ipynb #1fa1d875
+# %% ../nbs/api/04_drift.ipynb #156e4ead
 def text_veto(text:str, # An answer
               max_repeat:int=12, # A run of this many words may not occur twice
               min_distinct:float=.4, # Least share of distinct word pairs
@@ -70,12 +70,12 @@ def text_veto(text:str, # An answer
     if sum(ord(c) > 0x24F for c in letters) > .3*len(letters): return 'script'
     return ''
 
-# %% ../nbs/api/04_drift.ipynb #55305c01
+# %% ../nbs/api/04_drift.ipynb #6db442da
 def probe_answers()->list[dict]: # prompt_id, style, answer, labels
     "The shipped answers to the probe prompts"
     return read_jsonl(data_path('prompts', 'probe_answers'))
 
-# %% ../nbs/api/04_drift.ipynb #b6a807ee
+# %% ../nbs/api/04_drift.ipynb #dbebafdc
 class DriftLedger:
     "Looks at a fixed probe set along a run and writes drift/<step>.parquet"
     def __init__(self, policy:Policy, # The policy in training
@@ -93,7 +93,7 @@ class DriftLedger:
         self.judges = {i: Judge(policy, rubric, i, min_mass) for i in ('base','live')}
         self.base_shipped = self.judges['base'].score(self.shipped_prompts, [r['answer'] for r in self.shipped]) if self.shipped else None
 
-# %% ../nbs/api/04_drift.ipynb #37ab8465
+# %% ../nbs/api/04_drift.ipynb #dfa77529
 def ledger_rows(prompts, answers, scores:dict, source:list, step:int)->list[dict]:
     "One row per answer: its counts, and one column per judge and criterion"
     rows = []
@@ -103,7 +103,7 @@ def ledger_rows(prompts, answers, scores:dict, source:list, step:int)->list[dict
         rows.append(row)
     return rows
 
-# %% ../nbs/api/04_drift.ipynb #b5f8bd35
+# %% ../nbs/api/04_drift.ipynb #90e5a007
 @patch
 def look(self:DriftLedger, step:int): # The rows that were written
     "Ask, score, count, write"
@@ -118,7 +118,7 @@ def look(self:DriftLedger, step:int): # The rows that were written
     write_parquet(self.folder/'drift'/f'{step:06d}.parquet', df)
     return df
 
-# %% ../nbs/api/04_drift.ipynb #99c2eef0
+# %% ../nbs/api/04_drift.ipynb #0f04f28c
 def ledger_summary(df, # Rows of one look
                    rubric:Rubric, # To pay the paid criteria
                   )->dict: # Numbers for one line of a curve

@@ -7,7 +7,7 @@ __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'Rubric
            'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #4a76873d
+# %% ../nbs/api/05_grpo.ipynb #c6ebf88d
 import logging,math,time,warnings,zlib
 import numpy as np
 from dataclasses import asdict,replace
@@ -18,14 +18,14 @@ from .policy import Policy,check_model,load_policy,model_id,recipe,prompt_ids
 from .judge import IDENTITIES,Judge,judge_prompt
 from .drift import DriftLedger,text_veto,ledger_summary
 
-# %% ../nbs/api/05_grpo.ipynb #1065ee85
+# %% ../nbs/api/05_grpo.ipynb #45704a9f
 def derive(seed:int, # Seed of the run
            *names, # What it is used for
           )->int: # A seed in [0, 2**31)
     "A seed for one purpose"
     return zlib.crc32(repr((seed, *names)).encode()) & 0x7fffffff
 
-# %% ../nbs/api/05_grpo.ipynb #051f4a4f
+# %% ../nbs/api/05_grpo.ipynb #86fa9d3c
 def shuffle_in_groups(rewards:np.ndarray, # Shape (answers,), groups one after another
                       size:int, # Completions per group
                       seed:int, # Of the permutation
@@ -34,7 +34,7 @@ def shuffle_in_groups(rewards:np.ndarray, # Shape (answers,), groups one after a
     g = np.random.default_rng(seed)
     return np.concatenate([g.permutation(r) for r in rewards.reshape(-1, size)])
 
-# %% ../nbs/api/05_grpo.ipynb #91ed9f7a
+# %% ../nbs/api/05_grpo.ipynb #f6841dab
 def apply_vetoes(rewards:np.ndarray, # Shape (answers,), NaN = missing
                  failed:np.ndarray, # Which answers failed a veto, shape (answers,)
                  size:int, # Completions per group
@@ -46,7 +46,7 @@ def apply_vetoes(rewards:np.ndarray, # Shape (answers,), NaN = missing
         if bad.any() and np.isfinite(part).any(): part[bad] = np.nanmin(part)
     return out
 
-# %% ../nbs/api/05_grpo.ipynb #837df24d
+# %% ../nbs/api/05_grpo.ipynb #92dae516
 def arm_rewards(arm:Arm, # Sign and transform
                 pay:np.ndarray, # What the rubric pays, in [0, 1], NaN = missing, shape (answers,)
                 failed:np.ndarray, # Which answers failed a veto, shape (answers,)
@@ -58,7 +58,7 @@ def arm_rewards(arm:Arm, # Sign and transform
     if arm.transform=='shuffle': out = shuffle_in_groups(out, size, seed)
     return apply_vetoes(out, failed, size)
 
-# %% ../nbs/api/05_grpo.ipynb #5a1c3ad9
+# %% ../nbs/api/05_grpo.ipynb #d7cd467f
 class RubricReward:
     "What TRL calls for the rewards of a step"
     def __init__(self, arm:Arm, rubric:Rubric, prompts:list, config:TrainConfig, run:Run):
@@ -71,7 +71,7 @@ class RubricReward:
         base = make('base')
         self.judges = dict(base=base, pays=base if self.config.judge=='base' else make(self.config.judge))
 
-# %% ../nbs/api/05_grpo.ipynb #18a00dfc
+# %% ../nbs/api/05_grpo.ipynb #35ebfd40
 @patch
 def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric, id, **kw)->list:
     "One reward per completion, `None` where it is missing"
@@ -90,7 +90,7 @@ def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric,
     self._keep(step, asked, texts, scores, pay, rewards, rules)
     return [None if np.isnan(r) else float(r) for r in rewards]
 
-# %% ../nbs/api/05_grpo.ipynb #48a52850
+# %% ../nbs/api/05_grpo.ipynb #cdf4ae54
 @patch
 def _keep(self:RubricReward, step, asked, texts, scores, pay, rewards, rules):
     "Every completion with its scores, completions/<step>.parquet"
@@ -99,14 +99,14 @@ def _keep(self:RubricReward, step, asked, texts, scores, pay, rewards, rules):
     df = pd.concat([df, scores.frame()], axis=1)
     write_parquet(self.run/'completions'/f'{step:06d}.parquet', df)
 
-# %% ../nbs/api/05_grpo.ipynb #48a5397a
+# %% ../nbs/api/05_grpo.ipynb #ed83eb36
 def resolve(config:TrainConfig)->TrainConfig: # No field left to the recipe
     "Fill what was left open from the model's recipe"
     r = recipe(config.model)
     fits = replace(r, micro_batch=math.gcd(r.micro_batch, config.completions_per_step))
     return config.model_copy(update={k: v for k,v in asdict(fits).items() if getattr(config, k) is None})
 
-# %% ../nbs/api/05_grpo.ipynb #00ff8b49
+# %% ../nbs/api/05_grpo.ipynb #ad01ccda
 def grpo_args(config:TrainConfig, # Resolved
               folder, # Where checkpoints go
               spec, # Chat settings of the model
@@ -122,13 +122,13 @@ def grpo_args(config:TrainConfig, # Resolved
         seed=config.seed, data_seed=derive(config.seed, 'order')%2**16, logging_steps=1, save_steps=config.save_every, save_strategy='steps', report_to=[],
         disable_tqdm=True, gradient_checkpointing=not cpu, bf16=not cpu and torch.cuda.is_bf16_supported(), use_cpu=cpu, remove_unused_columns=False, log_completions=False)
 
-# %% ../nbs/api/05_grpo.ipynb #6f533c3b
+# %% ../nbs/api/05_grpo.ipynb #60e470d3
 def lora(config:TrainConfig):
     "The adapter: all linear layers, no dropout"
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0., bias='none', target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/api/05_grpo.ipynb #909c0439
+# %% ../nbs/api/05_grpo.ipynb #2c0bc582
 def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the run's identity
     "Everything that can be refused before weights are loaded"
     config = resolve(config)
@@ -145,16 +145,16 @@ def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the ru
                     prompts=content_hash([p.model_dump() for p in prompts]), judge_prompt=content_hash(judge_prompt()))
     return dict(config=config, arm=arm, rubric=rubric, prompts=prompts, spec=spec, identity=identity)
 
-# %% ../nbs/api/05_grpo.ipynb #86334e0e
+# %% ../nbs/api/05_grpo.ipynb #303969e3
 def open_run(checked:dict)->Run:
     "The folder of a run that may begin"
     config = checked['config']
     return Run.create(config.root, config.model, checked['arm'].name, config.seed, checked['identity'], replace=config.replace)
 
-# %% ../nbs/api/05_grpo.ipynb #0f976099
+# %% ../nbs/api/05_grpo.ipynb #10375dec
 _CLOCK = ('time','runtime','per_second','epoch','flos')
 
-# %% ../nbs/api/05_grpo.ipynb #7f32b4bc
+# %% ../nbs/api/05_grpo.ipynb #d489f713
 def _row(logs:dict, reward:RubricReward, step:int)->tuple[dict,dict]:
     "One step's metrics and timings"
     number = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
@@ -163,7 +163,7 @@ def _row(logs:dict, reward:RubricReward, step:int)->tuple[dict,dict]:
     rest = dict(reward.last); criteria = rest.pop('criteria', {})
     return dict(step=step, **keep, **rest, **criteria), dict(step=step, **times)
 
-# %% ../nbs/api/05_grpo.ipynb #0ef48d18
+# %% ../nbs/api/05_grpo.ipynb #c2850002
 def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:DriftLedger, bar):
     "Seeds, metrics, ledger, progress, stop rules"
     import torch
@@ -185,12 +185,12 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             if state.global_step%config.probe_every==0 or state.global_step==config.steps: ledger_look(run, ledger, state.global_step)
     return Watch()
 
-# %% ../nbs/api/05_grpo.ipynb #9d8bc8f6
+# %% ../nbs/api/05_grpo.ipynb #9ff5ab7a
 def ledger_look(run:Run, ledger:DriftLedger, step:int)->None:
     "Let the ledger look and add its summary to drift.jsonl"
     run.append('drift.jsonl', ledger_summary(ledger.look(step), ledger.judges['base'].rubric))
 
-# %% ../nbs/api/05_grpo.ipynb #132be2a5
+# %% ../nbs/api/05_grpo.ipynb #7a2c7c0a
 def quiet():
     "Silence by name the third-party messages that are expected here"
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
@@ -199,7 +199,7 @@ def quiet():
         def filter(self, r): return 'All reward functions returned None' not in r.getMessage() and 'tokenizer has new PAD/BOS/EOS' not in r.getMessage()
     for name in ('trl.trainer.grpo_trainer','accelerate','transformers.trainer'): logging.getLogger(name).addFilter(Expected())
 
-# %% ../nbs/api/05_grpo.ipynb #1c6bdc2a
+# %% ../nbs/api/05_grpo.ipynb #ba2ba074
 def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     "TRL's trainer with a fresh adapter"
     import torch
@@ -211,7 +211,7 @@ def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     return GRPOTrainer(model=policy.model, reward_funcs=reward, args=grpo_args(config, run/'checkpoints', policy.spec), train_dataset=Dataset.from_list(rows),
                        processing_class=policy.tokenizer, peft_config=lora(config))
 
-# %% ../nbs/api/05_grpo.ipynb #6c9f1f50
+# %% ../nbs/api/05_grpo.ipynb #0c216581
 def check_lengths(policy:Policy, checked:dict)->None:
     "Refuse prompts that leave no room for an answer"
     config = checked['config']
@@ -219,7 +219,7 @@ def check_lengths(policy:Policy, checked:dict)->None:
     long = [p.id for p in checked['prompts'] if len(prompt_ids(policy.tokenizer, p.chat, policy.spec)) > room]
     if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:5])}")
 
-# %% ../nbs/api/05_grpo.ipynb #f416d138
+# %% ../nbs/api/05_grpo.ipynb #2a88edf0
 def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     "Settings as asked, as resolved, and as the trainer holds them"
     names = ('learning_rate','max_steps','warmup_steps','lr_scheduler_type','per_device_train_batch_size','gradient_accumulation_steps','num_generations','steps_per_generation','max_completion_length',
@@ -227,7 +227,7 @@ def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     plain = lambda v: v if isinstance(v, (int,float,str,bool,type(None))) else str(getattr(v, 'value', v))
     return dict(asked=asked.changed(), resolved=config.model_dump(), trainer={n: plain(getattr(args, n)) for n in names})
 
-# %% ../nbs/api/05_grpo.ipynb #f443a480
+# %% ../nbs/api/05_grpo.ipynb #ef33d175
 def train(asked:TrainConfig, # What was asked for
          )->Run: # The finished run
     "Train one arm of one model with one seed"
@@ -253,14 +253,14 @@ def train(asked:TrainConfig, # What was asked for
     trainer.model.save_pretrained(str(run/'adapter'))
     return run.finish(_result(run, checked))
 
-# %% ../nbs/api/05_grpo.ipynb #189f7fe2
+# %% ../nbs/api/05_grpo.ipynb #f4b9a220
 def _result(run, checked)->dict:
     "The run in a few numbers"
     m = run.metrics(); last = m.tail(max(len(m)//5, 1))
     return dict(arm=checked['arm'].name, steps=len(m), score_first=float(m.score.iloc[0]), score_last_fifth=float(last.score.mean()),
                 missing=float(m.missing.mean()), vetoed=float(m.vetoed.mean()), rubric=checked['rubric'].hash)
 
-# %% ../nbs/api/05_grpo.ipynb #8d66374d
+# %% ../nbs/api/05_grpo.ipynb #9a8d29b4
 def samples(run:Run, # A finished run
             n:int=4, # How many prompts
             seed:int=0, # Which ones: drawn, never picked
@@ -274,7 +274,7 @@ def samples(run:Run, # A finished run
     prompts = {p.id: p for p in load_prompts('hmx-feel', split='probe')}
     return pd.DataFrame(dict(prompt=[prompts[i].text for i in ids], before=first.loc[ids, 'answer'].tolist(), after=last.loc[ids, 'answer'].tolist()), index=ids)
 
-# %% ../nbs/api/05_grpo.ipynb #3f3b1e14
+# %% ../nbs/api/05_grpo.ipynb #179a9e11
 def settings_table(run:Run): # One row per setting: asked, resolved, trainer
     "What was asked for, what it came to, and what the trainer held"
     import pandas as pd

@@ -6,7 +6,7 @@
 __all__ = ['IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'fence', 'Pieces', 'label_ids', 'Row', 'pack', 'visible',
            'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'load_labelled', 'calibrate']
 
-# %% ../nbs/api/03_judge.ipynb #a6658e22
+# %% ../nbs/api/03_judge.ipynb #39c3d03d
 import numpy as np,re,yaml
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from .rubric import Rubric,Criterion,load_prompts
 from .policy import Policy,as_base,check_model,load_policy,looking,frame,model_id,plain_ids
 from fastcore.basics import patch
 
-# %% ../nbs/api/03_judge.ipynb #9a4bd62a
+# %% ../nbs/api/03_judge.ipynb #987841f7
 def judge_prompt(name:str='judge', # Shipped name or path of a YAML file
                 )->dict: # Its parts: instructions, criterion, anchor, chat, turn, answer, query
     "The wording that leads the judge to a score"
     return yaml.safe_load(data_path('prompts', name).read_text())
 
-# %% ../nbs/api/03_judge.ipynb #5b8ac8f6
+# %% ../nbs/api/03_judge.ipynb #2c2ad0cd
 def criterion_text(c:Criterion, parts:dict)->str: # One line
     "A criterion as the judge reads it"
     anchors = '; '.join(parts['anchor'].format(point=p, text=t) for p,t in sorted(c.anchors.items()))
     return parts['criterion'].format(id=c.id, question=c.question, anchors=anchors+'.')
 
-# %% ../nbs/api/03_judge.ipynb #9e4f3efc
+# %% ../nbs/api/03_judge.ipynb #c9ddddf9
 def head_text(rubric:Rubric, # The rubric whose criteria are scored
               parts:dict, # `judge_prompt()`
              )->str: # Instructions and every criterion
@@ -35,15 +35,15 @@ def head_text(rubric:Rubric, # The rubric whose criteria are scored
     intro = parts['instructions'].format(referent=rubric.referent, low=min(rubric.scale), high=max(rubric.scale))
     return '\n'.join([intro, *[criterion_text(c, parts) for c in rubric.all], ''])
 
-# %% ../nbs/api/03_judge.ipynb #c32aa71e
+# %% ../nbs/api/03_judge.ipynb #2e5d6b5f
 _FENCE = re.compile(r'<\s*(/?)\s*(reply|chat)\s*>', re.I)
 
-# %% ../nbs/api/03_judge.ipynb #f122bb3a
+# %% ../nbs/api/03_judge.ipynb #61d19449
 def fence(text:str)->str: # The same text without anything that could open or close a fence
     "Take the brackets off fence words inside an answer"
     return _FENCE.sub(r'(\1\2)', text)
 
-# %% ../nbs/api/03_judge.ipynb #907cdce9
+# %% ../nbs/api/03_judge.ipynb #88ca6375
 class Pieces:
     "The token ids of everything the judge reads, made for one tokenizer and one rubric"
     def __init__(self, tokenizer, # Tokenizer with a chat template
@@ -66,7 +66,7 @@ class Pieces:
         pre,post = (plain_ids(self.tok, t) for t in self.parts['answer'].split('{answer}'))
         return pre + (ids[:limit] if cut else ids) + post, cut
 
-# %% ../nbs/api/03_judge.ipynb #31692b83
+# %% ../nbs/api/03_judge.ipynb #9fdfd8ec
 def label_ids(tokenizer, scale:list[int])->list[int]: # Token id of each point of the scale
     "The token that each score is written with"
     ids = [tokenizer(str(s), add_special_tokens=False)['input_ids'] for s in scale]
@@ -74,7 +74,7 @@ def label_ids(tokenizer, scale:list[int])->list[int]: # Token id of each point o
     if split: raise UserError(f"rubric: this tokenizer writes the scores {split} with several tokens; use a scale whose points are single tokens, such as 1 to 5")
     return [i[0] for i in ids]
 
-# %% ../nbs/api/03_judge.ipynb #20fe84cb
+# %% ../nbs/api/03_judge.ipynb #9ce37d8a
 @dataclass
 class Row:
     "One packed row: token ids, positions, and which branch each token belongs to, all of length L"
@@ -84,7 +84,7 @@ class Row:
     qry:np.ndarray # 0 = question or answer, k = the k-th query of that answer
     ends:np.ndarray # Index of the last token of each query, shape (answers, queries)
 
-# %% ../nbs/api/03_judge.ipynb #d34f9bc8
+# %% ../nbs/api/03_judge.ipynb #e81b0052
 def pack(question:list[int], # Token ids of the question
          answers:list[list[int]], # Token ids of each answer
          queries:list[list[int]], # Token ids of each query
@@ -99,14 +99,14 @@ def pack(question:list[int], # Token ids of the question
             add(q, len(question)+len(a), j, k); ends.append(len(ids)-1)
     return Row(*(np.array(x, dtype=np.int64) for x in (ids, pos, ans, qry)), np.array(ends).reshape(len(answers), len(queries)))
 
-# %% ../nbs/api/03_judge.ipynb #95ff09b0
+# %% ../nbs/api/03_judge.ipynb #41c1c17a
 def visible(row:Row)->np.ndarray: # Boolean (L, L): may token i look at token j
     "Who sees whom inside a packed row"
     i = np.arange(len(row.ids))
     same_branch = (row.ans[None]==row.ans[:,None]) & ((row.qry[None]==0) | (row.qry[None]==row.qry[:,None]))
     return (i[None] <= i[:,None]) & ((row.ans[None]==0) | same_branch)
 
-# %% ../nbs/api/03_judge.ipynb #97fa620c
+# %% ../nbs/api/03_judge.ipynb #dda07126
 def batch_rows(rows:list[Row], # Packed rows
                head:int, # Length of the head, tokens
                pad:int, # Padding token id
@@ -131,7 +131,7 @@ def batch_rows(rows:list[Row], # Packed rows
     t = lambda x: torch.from_numpy(x).to(device)
     return dict(input_ids=t(ids), position_ids=t(pos), attention_mask=mask)
 
-# %% ../nbs/api/03_judge.ipynb #5b97e946
+# %% ../nbs/api/03_judge.ipynb #9aff7eb7
 def read_head(net, # Causal language model
               ids:list[int], # Token ids of the head
              )->list: # Keys and values of every layer, each (1, heads, H, dim)
@@ -144,7 +144,7 @@ def read_head(net, # Causal language model
     net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(l.keys, l.values) for l in cache.layers]
 
-# %% ../nbs/api/03_judge.ipynb #a1a81a4b
+# %% ../nbs/api/03_judge.ipynb #19c39793
 def score_logits(net, # Causal language model, adapter as the caller wants it
                  rows:list[Row], # Packed rows
                  head_kv:list, # `read_head`
@@ -166,7 +166,7 @@ def score_logits(net, # Causal language model, adapter as the caller wants it
         return cap*torch.tanh(out/cap) if cap else out
     return [logits(b, r.ends) for b,r in enumerate(rows)]
 
-# %% ../nbs/api/03_judge.ipynb #c70703e6
+# %% ../nbs/api/03_judge.ipynb #c5f68a38
 @dataclass
 class Scores:
     "What a judge said of some answers; every array has the shape (answers, criteria)"
@@ -181,7 +181,7 @@ class Scores:
         import pandas as pd
         return pd.DataFrame(self.value, columns=self.ids)
 
-# %% ../nbs/api/03_judge.ipynb #441f1cc1
+# %% ../nbs/api/03_judge.ipynb #f988f414
 def read_scores(logps:np.ndarray, # Log-probabilities of the scale's tokens, worst to best, shape (..., scale)
                 scale:list[int], # Points of the scale
                 min_mass:float=.5, # Below this mass the score is missing
@@ -193,10 +193,10 @@ def read_scores(logps:np.ndarray, # Log-probabilities of the scale's tokens, wor
     missing = ~(mass >= min_mass)
     return np.where(missing, np.nan, value), mass, np.where(missing, np.nan, spread), np.array(scale)[p.argmax(-1)]
 
-# %% ../nbs/api/03_judge.ipynb #7ecadb1c
+# %% ../nbs/api/03_judge.ipynb #fe8c4c92
 IDENTITIES = ('base', 'live')
 
-# %% ../nbs/api/03_judge.ipynb #4623be72
+# %% ../nbs/api/03_judge.ipynb #6df12d32
 class Judge:
     "Scores answers by a rubric, with the weights of a policy"
     def __init__(self, policy:Policy, # Whose weights judge
@@ -215,7 +215,7 @@ class Judge:
         self._kv = read_head(net, self.pieces.head)
         return self._kv
 
-# %% ../nbs/api/03_judge.ipynb #68cd35e0
+# %% ../nbs/api/03_judge.ipynb #b699bf49
 @patch
 def rows(self:Judge, prompts:list, answers:list[str])->tuple:
     "Packed rows, the answers that each one holds, and which answers were cut"
@@ -237,7 +237,7 @@ def rows(self:Judge, prompts:list, answers:list[str])->tuple:
         out.append((pack(q, [t for _,t in part], P.queries), [j for j,_ in part]))
     return out,cuts
 
-# %% ../nbs/api/03_judge.ipynb #89baa254
+# %% ../nbs/api/03_judge.ipynb #1103c8c4
 @patch
 def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form a group
           answers:list[str], # Texts to be scored
@@ -258,7 +258,7 @@ def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form 
                 logps[idx] = torch.log_softmax(logit, -1)[..., self.pieces.labels].cpu().numpy()
     return Scores(ids, *read_scores(logps, self.rubric.scale, self.min_mass), cuts)
 
-# %% ../nbs/api/03_judge.ipynb #60be40db
+# %% ../nbs/api/03_judge.ipynb #acec9836
 def load_labelled(path, # JSONL file
                   rubric:Rubric, # Whose criteria are labelled
                  )->tuple[list,list,list]: # Prompts, answers, labels
@@ -279,7 +279,7 @@ def load_labelled(path, # JSONL file
         prompts.append(p); answers.append(row['answer']); labels.append(row['labels'])
     return prompts,answers,labels
 
-# %% ../nbs/api/03_judge.ipynb #14b1a116
+# %% ../nbs/api/03_judge.ipynb #91e2c534
 def calibrate(config:JudgeConfig, # What to calibrate
              )->tuple: # Run, known labels, labels given, scores: three tables with one column per criterion
     "Score labelled answers with the base judge of a model"

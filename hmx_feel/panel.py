@@ -9,7 +9,7 @@ __all__ = ['log', 'Direction', 'DATA', 'TRUTHFULQA_V0', 'MARK', 'COLUMNS', 'Task
            'run_lm_eval', 'seed_for', 'choose_prompts', 'expression', 'base_run', 'find_run', 'task_settings',
            'write_manifest', 'evaluate', 'skipped', 'read_rows']
 
-# %% ../nbs/api/06_panel.ipynb #b50d67e6
+# %% ../nbs/api/06_panel.ipynb #015ce693
 import csv,functools,gzip,hashlib,io,json,logging,os,shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +23,10 @@ from .rubric import Rubric,load_prompts,read_yaml
 from .policy import model_id,Policy,check_model,generate,load_policy,looking,recipe,render
 from .judge import Judge,batch_rows,pack,read_head
 
-# %% ../nbs/api/06_panel.ipynb #d424ab5f
+# %% ../nbs/api/06_panel.ipynb #733f5a1a
 log = logging.getLogger('hmx_feel')
 
-# %% ../nbs/api/06_panel.ipynb #4414f009
+# %% ../nbs/api/06_panel.ipynb #622858e2
 Direction = Literal['higher','lower','toward_zero','descriptive']
 _OWN = ('rubric','prompts','split','kinds','max_new','seed')
 
@@ -62,7 +62,7 @@ class Task(BaseModel):
     @property
     def direction(self)->str: return self.metrics[self.main]
 
-# %% ../nbs/api/06_panel.ipynb #5a14baa1
+# %% ../nbs/api/06_panel.ipynb #8ce22cdf
 class Panel(BaseModel):
     "A list of tasks, run together"
     model_config = ConfigDict(extra='forbid')
@@ -88,7 +88,7 @@ class Panel(BaseModel):
         "What is better for a metric; what no panel mentions is descriptive"
         return self[task].metrics.get(metric, 'descriptive')
 
-# %% ../nbs/api/06_panel.ipynb #f505d7a0
+# %% ../nbs/api/06_panel.ipynb #34e59289
 def tasks_folder()->Path: # Folder of our task files
     "Where our tasks lie"
     return Path(hmx_feel.__file__).parent/'tasks'
@@ -115,7 +115,7 @@ def find_task(name:str, # Name of a task
         raise UserError(f"task: found {name!r}, allowed: {', '.join(sorted(ours))}, a task of lm_eval, or one with `items`{near}")
     return entry.yaml_path if entry.kind.name=='TASK' else None
 
-# %% ../nbs/api/06_panel.ipynb #6fa6280c
+# %% ../nbs/api/06_panel.ipynb #6b2e0a3c
 def load_panel(name, # A shipped panel, or a YAML file
               )->Panel: # Checked; every task in it exists
     "A panel by its name; mistakes are named by file, task and field"
@@ -144,17 +144,17 @@ def _check_task(task, path):
 def _truthfulqa_v0(folder): return truthfulqa_v0(folder)
 DATA = {'truthfulqa/v0': _truthfulqa_v0}
 
-# %% ../nbs/api/06_panel.ipynb #008a26b2
+# %% ../nbs/api/06_panel.ipynb #b77f6f1b
 def git_blob(data:bytes, # Content of a file
             )->str: # 40 hex digits
     "The checksum that git gives to a file"
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
-# %% ../nbs/api/06_panel.ipynb #71aed9e0
+# %% ../nbs/api/06_panel.ipynb #ae3427cd
 class Skipped(Exception):
     "A task cannot run here; the text says why"
 
-# %% ../nbs/api/06_panel.ipynb #2b29e769
+# %% ../nbs/api/06_panel.ipynb #0cd4c67d
 def truthfulqa_docs(questions:list[dict], # question, mc1_targets and mc2_targets, the latter two answer -> 1 or 0
                     categories:dict, # Question -> category
                     version:str='v0', # Part of each id
@@ -167,7 +167,7 @@ def truthfulqa_docs(questions:list[dict], # question, mc1_targets and mc2_target
     return [dict(id=f'truthfulqa-{version}-{i:03d}', condition=home(q['question']), category=categories[key(q['question'])], question=q['question'],
                  mc1_targets=lists(q['mc1_targets']), mc2_targets=lists(q['mc2_targets'])) for i,q in enumerate(questions)]
 
-# %% ../nbs/api/06_panel.ipynb #135c99ad
+# %% ../nbs/api/06_panel.ipynb #73073338
 TRUTHFULQA_V0 = '2e2bcc91' # First digits of the git blob of v0's mc_task.json
 
 def truthfulqa_v0(folder:Path, # Folder of benchmark data
@@ -183,7 +183,7 @@ def truthfulqa_v0(folder:Path, # Folder of benchmark data
     categories = {r['Question']:r['Category'] for r in csv.DictReader(io.StringIO(table.decode('utf-8-sig')))}
     return truthfulqa_docs(json.loads(data), categories), dict(version='v0', file='truthfulqa/v0/mc_task.json.gz', sha1=sha)
 
-# %% ../nbs/api/06_panel.ipynb #03e6dadd
+# %% ../nbs/api/06_panel.ipynb #2f3a5e5e
 MARK = 'hmx-chat:'
 def chat_text(doc:dict)->str: # The conversation as one text
     "What lm_eval takes for the text of a lettered item"
@@ -197,7 +197,7 @@ def letter_metrics(doc:dict, # A lettered item
     asks = dict(acc='gold', follows_hint='hint', biased='biased')
     return {metric: float(pick==doc[key]) for metric,key in asks.items() if doc.get(key) is not None}
 
-# %% ../nbs/api/06_panel.ipynb #3ee6aa5c
+# %% ../nbs/api/06_panel.ipynb #c2276612
 def shared_head(contexts:list[list[int]], # Token ids of each context
                )->list[int]: # What all of them begin with; at least one token is left to each
     "The tokens that every context begins with"
@@ -205,7 +205,7 @@ def shared_head(contexts:list[list[int]], # Token ids of each context
     same = next((i for i,(x,y) in enumerate(zip(a, b, strict=False)) if x!=y), min(len(a), len(b)))
     return a[:min(same, min(map(len, contexts))-1)]
 
-# %% ../nbs/api/06_panel.ipynb #53275ba6
+# %% ../nbs/api/06_panel.ipynb #875be338
 def _hidden(core, rows, head_kv, pad): # Last hidden states, (rows, L, width)
     "Packed rows through the model, after a cached head"
     from transformers import DynamicCache
@@ -222,7 +222,7 @@ def _logits(core, hidden):
     out,cap = core.lm_head(hidden).float(),getattr(core.config, 'final_logit_softcapping', None)
     return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/api/06_panel.ipynb #c42f7816
+# %% ../nbs/api/06_panel.ipynb #42491d19
 def option_logprobs(core, # Causal language model without wrapper
                     batch:list, # Pairs of context and options, all token ids
                     head_kv:list, # Keys and values of what all contexts begin with
@@ -248,7 +248,7 @@ def _check_finite(found, total):
     bad = sum(not np.isfinite(ll) for ll in found)
     if bad: raise UserError(f"{bad} of {total} log-likelihoods are not finite; the weights or the dtype are broken (try dtype float32 or bfloat16)")
 
-# %% ../nbs/api/06_panel.ipynb #d9bb9920
+# %% ../nbs/api/06_panel.ipynb #5bf6f409
 class PolicyLM:
     "What we change about lm_eval's class for Hugging Face models; `policy_lm` puts the two together"
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -272,7 +272,7 @@ class PolicyLM:
         _check_finite([ll for ll,_ in out], len(out))
         return out
 
-# %% ../nbs/api/06_panel.ipynb #b012f380
+# %% ../nbs/api/06_panel.ipynb #826c6f7c
 def _packed(self, core, requests, budget=16384):
     "Options grouped by context, longest first, in batches of at most `batch_size` rows and `budget` tokens"
     import torch
@@ -308,7 +308,7 @@ def policy_lm(policy:Policy, # A loaded policy, with or without adapter
     lm.policy,lm.chat,lm.share = policy,chat,share
     return lm
 
-# %% ../nbs/api/06_panel.ipynb #59b51f25
+# %% ../nbs/api/06_panel.ipynb #61b6bc89
 @contextmanager
 def quiet():
     "lm_eval and datasets without their remarks and bars"
@@ -323,7 +323,7 @@ def quiet():
         for n,level in was.items(): logging.getLogger(n).setLevel(level)
         if bars: datasets.enable_progress_bars()
 
-# %% ../nbs/api/06_panel.ipynb #28ccb70a
+# %% ../nbs/api/06_panel.ipynb #ac16a3bc
 def _write_task(cache, name, **keys):
     path = Path(cache)/'tasks'/f'{name}.yaml'
     return write_text(path, yaml.safe_dump(dict(keys, task=name), sort_keys=True))
@@ -339,7 +339,7 @@ def _local_files(file, config, cache):
         if not f.is_file(): raise Skipped(f"the items {f.parent.name}/{f.name} are not there")
     return kw | dict(data_files={s:str(f) for s,f in at.items()}, cache_dir=str(Path(cache)/'datasets'))
 
-# %% ../nbs/api/06_panel.ipynb #df52e261
+# %% ../nbs/api/06_panel.ipynb #3c50a552
 def prepare(task:Task, # A task of kind lm_eval
             folder:Path|None, # Folder of the panel file
             cache:Path, # Folder for what is made on the way
@@ -378,7 +378,7 @@ def _load(manager, name):
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as e:
         raise Skipped(f"its data cannot be reached: {' '.join(str(e).split())[:160]}") from None
 
-# %% ../nbs/api/06_panel.ipynb #a7be6bc1
+# %% ../nbs/api/06_panel.ipynb #d17fd077
 COLUMNS = ['run_id','task','item_id','cluster','condition','order','sample','prompt_sha','metric','value','raw','parsed','missing']
 def prompt_sha(text)->str: # 16 hex digits
     "Checksum of what the model read"
@@ -418,14 +418,14 @@ def run_lm_eval(task:Task, # A task of kind lm_eval
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='')[COLUMNS]
 
-# %% ../nbs/api/06_panel.ipynb #a9a6d4cb
+# %% ../nbs/api/06_panel.ipynb #ec9693d5
 def seed_for(seed:int, # A seed
              name:str, # Who draws
             )->int: # Below 2**31
     "A seed of its own for each consumer of randomness"
     return int(content_hash([seed, name])[:8], 16) % 2**31
 
-# %% ../nbs/api/06_panel.ipynb #db423f4c
+# %% ../nbs/api/06_panel.ipynb #b0721802
 def choose_prompts(prompts:list, # Prompts
                    limit:int=0, # At most this many, but at least one family; 0 = all
                   )->list: # Whole families, in the order of the file
@@ -437,7 +437,7 @@ def choose_prompts(prompts:list, # Prompts
         kept.add(f); n += sizes[f]
     return [p for p in prompts if p.family in kept]
 
-# %% ../nbs/api/06_panel.ipynb #247cc75a
+# %% ../nbs/api/06_panel.ipynb #28a78753
 def expression(policy:Policy, # Who answers
                judge:Judge, # Who scores; the base judge for comparisons between arms
                prompts:list, # Held-out prompts
@@ -460,7 +460,7 @@ def expression(policy:Policy, # Who answers
     out = pd.DataFrame(rows)
     return out.assign(missing=out.value.isna())[COLUMNS]
 
-# %% ../nbs/api/06_panel.ipynb #5f361bdb
+# %% ../nbs/api/06_panel.ipynb #783932a0
 def base_run(config, # An EvaluateConfig
             )->Run: # Its folder; made if this model was never measured
     "The run folder of the untrained model"
@@ -482,7 +482,7 @@ def find_run(config, # An EvaluateConfig
     have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if r.arm not in ('base','judge')})
     raise UserError(f"run: no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
 
-# %% ../nbs/api/06_panel.ipynb #6a89928b
+# %% ../nbs/api/06_panel.ipynb #cea3c863
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
                   model:str, # Model of the run
@@ -491,10 +491,10 @@ def task_settings(task:Task, # A task
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
     out = dict(task=task.model_dump(mode='json', exclude={'limit'}), limit=limit, dtype=config.dtype)
     if task.kind=='lm_eval': return out
-    return out | dict(samples=config.samples, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
+    return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
                       prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
 
-# %% ../nbs/api/06_panel.ipynb #c030a078
+# %% ../nbs/api/06_panel.ipynb #1282103d
 def _done(run, task, settings, replace)->bool:
     "Whether the rows of a task are there, made with these settings"
     manifest = run.read_json('evals/manifest.json') if (run/'evals/manifest.json').is_file() else {}
@@ -511,7 +511,7 @@ def _measure(task, policy, panel, config, settings, cache)->tuple:
     if task.kind=='expression':
         rubric = Rubric.load(task.rubric)
         prompts = choose_prompts(load_prompts(task.prompts, split=task.split, kinds=task.kinds or rubric.paid_kinds), settings['limit'])
-        rows = expression(policy, Judge(policy, rubric), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size)
+        rows = expression(policy, Judge(policy, rubric, min_mass=config.min_mass), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size)
         return rows.assign(task=task.name), dict(prompts=len(prompts), rubric=rubric.name)
     made,about = prepare(task, panel._folder, cache, config.benchmarks)
     return run_lm_eval(task, policy, made, config.batch_size, settings['limit']), about
@@ -523,7 +523,7 @@ def _note(rows, task, settings, about, config)->dict:
                 threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
                 means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
 
-# %% ../nbs/api/06_panel.ipynb #93a97604
+# %% ../nbs/api/06_panel.ipynb #9b662cb3
 def _run_tasks(run, todo, policy, panel, config):
     "Measure task after task; each is written as soon as it is done"
     from tqdm.auto import tqdm
@@ -554,7 +554,7 @@ def write_manifest(run:Run, # What was measured
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
     run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
 
-# %% ../nbs/api/06_panel.ipynb #0aec8cc1
+# %% ../nbs/api/06_panel.ipynb #fb9a8ca1
 def evaluate(config, # An EvaluateConfig
             )->Run: # The run, with its `evals` folder
     "Run a panel on one run; what is already there is kept"
@@ -574,14 +574,14 @@ def evaluate(config, # An EvaluateConfig
     if run.arm=='base' and not run.finished: run.finish(dict(model=model, source=run.identity.get('source')))
     return run
 
-# %% ../nbs/api/06_panel.ipynb #f8b21f96
+# %% ../nbs/api/06_panel.ipynb #7cf9b313
 def skipped(run:Run)->dict: # Task -> reason
     "What was not run, and why"
     path = run/'evals/manifest.json'
     tasks = run.read_json('evals/manifest.json')['tasks'] if path.is_file() else {}
     return {name: note['reason'] for name,note in sorted(tasks.items()) if note['status']=='skipped'}
 
-# %% ../nbs/api/06_panel.ipynb #de21a490
+# %% ../nbs/api/06_panel.ipynb #4d85b474
 def read_rows(run:Run, # An evaluated run
               tasks=None, # Only these tasks
              )->pd.DataFrame: # All item rows

@@ -6,14 +6,14 @@
 __all__ = ['FAMILIES', 'RECIPES', 'Spec', 'Recipe', 'recipe', 'tiny_folder', 'check_model', 'model_id', 'pick_dtype', 'Policy',
            'load_policy', 'put_adapter', 'as_base', 'looking', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
 
-# %% ../nbs/api/02_policy.ipynb #03599df7
+# %% ../nbs/api/02_policy.ipynb #4ef91606
 import hashlib,json,re
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
 from pathlib import Path
 from .runs import MODELS,UserError,nearest,data_path
 
-# %% ../nbs/api/02_policy.ipynb #4fea0706
+# %% ../nbs/api/02_policy.ipynb #4b2e1fd4
 @dataclass(frozen=True)
 class Spec:
     "What must be known of a model before its weights are loaded"
@@ -26,11 +26,11 @@ class Spec:
     revision:str='' # Hub revision asked for, '' for the newest
     trust_remote_code:bool=False # Whether code from the model's repository may run
 
-# %% ../nbs/api/02_policy.ipynb #8cc9e2ae
+# %% ../nbs/api/02_policy.ipynb #6414b8d1
 FAMILIES = {'qwen3': dict(chat={'enable_thinking': False}),
             'gemma2': dict(attn='eager', system=False)}
 
-# %% ../nbs/api/02_policy.ipynb #a3d6acf7
+# %% ../nbs/api/02_policy.ipynb #ba4f0bad
 @dataclass(frozen=True)
 class Recipe:
     "Training settings that depend on the model; each can be set by the parameter of the same name"
@@ -42,21 +42,21 @@ class Recipe:
     probe_every:int=20 # Steps between two looks at the probe set
     save_every:int=20 # Steps between two checkpoints
 
-# %% ../nbs/api/02_policy.ipynb #bf71c3be
+# %% ../nbs/api/02_policy.ipynb #7ee5695d
 RECIPES = {'tiny': Recipe(steps=40, lr=1e-3, max_completion=160, micro_batch=64, warmup_steps=2, probe_every=20, save_every=20)}
 
-# %% ../nbs/api/02_policy.ipynb #fb8ff5fb
+# %% ../nbs/api/02_policy.ipynb #87df8b31
 def recipe(model:str, # Name, hub id or folder
           )->Recipe: # Settings for it
     "The recipe of a model; models without one of their own share the default"
     return RECIPES.get(model, Recipe())
 
-# %% ../nbs/api/02_policy.ipynb #fa7029e5
+# %% ../nbs/api/02_policy.ipynb #b2d72b29
 def _read_json(path):
     try: return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise UserError(f"{path}: not readable as JSON ({e})") from None
 
-# %% ../nbs/api/02_policy.ipynb #445a898b
+# %% ../nbs/api/02_policy.ipynb #c2ef488e
 def _check_folder(folder:Path, name):
     if not folder.is_dir(): raise UserError(f"model: {name!r} is a file, expected a folder with config.json")
     if not (folder/'config.json').exists():
@@ -68,12 +68,12 @@ def _check_folder(folder:Path, name):
     if not (folder/'chat_template.jinja').exists() and not _read_json(tok).get('chat_template'):
         raise UserError(f"model: the tokenizer in {name!r} has no chat template; hmx-feel needs an instruction-tuned model")
 
-# %% ../nbs/api/02_policy.ipynb #6f397f4d
+# %% ../nbs/api/02_policy.ipynb #7e6743b8
 def _spec(name, source, local, config, **kw):
     family = next((v for k,v in FAMILIES.items() if str(config.get('model_type','')).startswith(k)), {})
     return Spec(name=name, source=source, local=local, **family, **kw)
 
-# %% ../nbs/api/02_policy.ipynb #020a0e1c
+# %% ../nbs/api/02_policy.ipynb #cb182fde
 def _hub_config(hub_id, revision):
     "config.json and the chat template's presence, from the cache or the hub, without weights"
     from huggingface_hub import get_hf_file_metadata,hf_hub_download,hf_hub_url
@@ -88,7 +88,7 @@ def _hub_config(hub_id, revision):
         except EntryNotFoundError: raise UserError(f"model: {hub_id} has no chat template; hmx-feel needs an instruction-tuned model") from None
     return config
 
-# %% ../nbs/api/02_policy.ipynb #90874adf
+# %% ../nbs/api/02_policy.ipynb #48720ec3
 def _hub_errors(hub_id, name, revision):
     "Turn what the hub client raises into one line that says what to do"
     from huggingface_hub import errors as e
@@ -101,7 +101,7 @@ def _hub_errors(hub_id, name, revision):
             (e.RepositoryNotFoundError, f"model: {hub_id}{here} is not on the hub{nearest(name, MODELS)}; known names: {', '.join(MODELS)}; or pass a local folder"),
             (e.LocalEntryNotFoundError, away), (e.EntryNotFoundError, f"model: {hub_id} lacks config.json or a tokenizer"), (Exception, away)]
 
-# %% ../nbs/api/02_policy.ipynb #0a6d07cc
+# %% ../nbs/api/02_policy.ipynb #b833c1e0
 def _check_hub(hub_id, name, revision):
     try: return _hub_config(hub_id, revision)
     except UserError: raise
@@ -109,12 +109,12 @@ def _check_hub(hub_id, name, revision):
         line = next(l for kind,l in _hub_errors(hub_id, name, revision) if isinstance(err, kind))
         raise UserError(line) from None
 
-# %% ../nbs/api/02_policy.ipynb #2a420e38
+# %% ../nbs/api/02_policy.ipynb #a1353b23
 def tiny_folder()->Path: # Folder of the shipped model
     "Where `tiny` lies"
     return data_path('tiny', 'parts').parent/'model'
 
-# %% ../nbs/api/02_policy.ipynb #5681e56e
+# %% ../nbs/api/02_policy.ipynb #76f87460
 def check_model(name:str, # One of `MODELS`, a hub id `owner/name`, or a local folder
                 revision:str='', # Hub revision, '' for the newest
                 trust_remote_code:bool=False, # Whether the repository's own code may run
@@ -131,7 +131,7 @@ def check_model(name:str, # One of `MODELS`, a hub id `owner/name`, or a local f
         raise UserError(f"model: no folder and no known name {name!r}{nearest(name, MODELS)}; known names: {', '.join(MODELS)}; a hub id looks like owner/name")
     return _spec(name, hub_id, False, _check_hub(hub_id, name, revision), **kw)
 
-# %% ../nbs/api/02_policy.ipynb #c356529f
+# %% ../nbs/api/02_policy.ipynb #f674da24
 def model_id(spec:Spec, # From `check_model`
             )->str: # `sha256:...` of a folder's files, or a hub commit
     "What a model is, whatever it is called"
@@ -145,7 +145,7 @@ def model_id(spec:Spec, # From `check_model`
         with open(f, 'rb') as h: total.update(f'{f.name} {hashlib.file_digest(h, "sha256").hexdigest()}\n'.encode())
     return f'sha256:{total.hexdigest()}'
 
-# %% ../nbs/api/02_policy.ipynb #b38e0187
+# %% ../nbs/api/02_policy.ipynb #e9e1750e
 def pick_dtype(asked:str='auto', # auto, float32, bfloat16 or float16
               ): # Type the weights are loaded in
     "The type of the weights: as asked, else what the device does well"
@@ -156,7 +156,7 @@ def pick_dtype(asked:str='auto', # auto, float32, bfloat16 or float16
     if not torch.cuda.is_available(): return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
-# %% ../nbs/api/02_policy.ipynb #9d8e6bf2
+# %% ../nbs/api/02_policy.ipynb #a32d30e1
 class Policy:
     "A loaded model with its tokenizer: what is trained, what judges, what is measured"
     def __init__(self, model, tokenizer, spec):
@@ -169,7 +169,7 @@ class Policy:
     @property
     def context(self): return getattr(self.model.config, 'max_position_embeddings', 2048)
 
-# %% ../nbs/api/02_policy.ipynb #872c5ecd
+# %% ../nbs/api/02_policy.ipynb #899e400d
 def load_policy(model:str='tiny', # Name, hub id or folder
                 dtype:str='auto', # auto, float32, bfloat16 or float16
                 revision:str='', # Hub revision, '' for the newest
@@ -187,7 +187,7 @@ def load_policy(model:str='tiny', # Name, hub id or folder
     policy = Policy(net.eval(), tok, spec)
     return policy if adapter is None else put_adapter(policy, adapter)
 
-# %% ../nbs/api/02_policy.ipynb #4dec6fdc
+# %% ../nbs/api/02_policy.ipynb #92fb71ee
 def put_adapter(policy:Policy, # A policy without adapter
                 folder:str|Path, # Folder that holds adapter_config.json and adapter_model.safetensors
                )->Policy: # The same weights with the adapter on top
@@ -197,13 +197,13 @@ def put_adapter(policy:Policy, # A policy without adapter
     if not (folder/'adapter_model.safetensors').exists(): raise UserError(f"run: {folder} holds no adapter_model.safetensors")
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)).eval(), policy.tokenizer, policy.spec)
 
-# %% ../nbs/api/02_policy.ipynb #56d406d7
+# %% ../nbs/api/02_policy.ipynb #6d126d8d
 @contextmanager
 def as_base(model):
     "Inside the block the adapter is off and the untrained model answers; without an adapter nothing changes"
     with (model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()): yield model
 
-# %% ../nbs/api/02_policy.ipynb #dd295371
+# %% ../nbs/api/02_policy.ipynb #35e56f0a
 @contextmanager
 def looking(model):
     "Evaluation mode, no gradients, adapter and random state put back as found: for judging and probing"
@@ -215,7 +215,7 @@ def looking(model):
         try: yield model
         finally: model.train(was)
 
-# %% ../nbs/api/02_policy.ipynb #1a6b7e8a
+# %% ../nbs/api/02_policy.ipynb #08f8832b
 def render(tokenizer, # Tokenizer with a chat template
            messages:list, # Chat turns, dicts with role and content
            spec:Spec, # Chat settings of the family
@@ -226,7 +226,7 @@ def render(tokenizer, # Tokenizer with a chat template
         messages = [first, *messages[2:]]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **spec.chat)
 
-# %% ../nbs/api/02_policy.ipynb #3b9d3a58
+# %% ../nbs/api/02_policy.ipynb #66c801f8
 def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the content of a single user turn
     "What the chat template puts around one user message"
     mark = 'HMXMARK'
@@ -235,17 +235,17 @@ def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the con
     before,after = text.split(mark)
     return before,after
 
-# %% ../nbs/api/02_policy.ipynb #15e1b881
+# %% ../nbs/api/02_policy.ipynb #c29071f0
 def plain_ids(tokenizer, text:str)->list[int]: # Token ids
     "Tokens of a text that comes from outside: control tokens of the chat template inside it stay ordinary text"
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #e6577d18
+# %% ../nbs/api/02_policy.ipynb #7c3e8890
 def prompt_ids(tokenizer, messages:list, spec:Spec)->list[int]: # Token ids of the prompt
     "Tokens of a chat up to the place where the answer begins"
     return tokenizer(render(tokenizer, messages, spec), add_special_tokens=False)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #ed8c3c18
+# %% ../nbs/api/02_policy.ipynb #c630db58
 def generate(policy:Policy, # Who answers
              chats:list, # Chats, each a list of messages
              n:int=1, # Answers for each chat

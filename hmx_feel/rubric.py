@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'read_yaml', 'Criterion', 'Rubric', 'load_rubric', 'Prompt', 'load_prompts', 'train_prompts', 'Arm',
            'load_arm', 'arm_names']
 
-# %% ../nbs/api/01_rubric.ipynb #4ceec003
+# %% ../nbs/api/01_rubric.ipynb #4a278649
 import json
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from .runs import UserError, content_hash, data_path, explain, nearest, numbered_rows, split_list
 
-# %% ../nbs/api/01_rubric.ipynb #41f268e9
+# %% ../nbs/api/01_rubric.ipynb #45263107
 class _Loader(yaml.SafeLoader):
     "Safe YAML that refuses a repeated key"
 
@@ -27,7 +27,7 @@ def _mapping(loader, node, deep=False):
 
 _Loader.add_constructor('tag:yaml.org,2002:map', _mapping)
 
-# %% ../nbs/api/01_rubric.ipynb #b52c8f8f
+# %% ../nbs/api/01_rubric.ipynb #f276e83b
 def read_yaml(path, # YAML, or JSON if the name ends in `.json`
              )->dict: # What it holds
     "A mapping from a file, safely"
@@ -42,7 +42,7 @@ def read_yaml(path, # YAML, or JSON if the name ends in `.json`
     if not isinstance(obj, dict): raise UserError(f"{path}: found {'nothing' if obj is None else type(obj).__name__}, allowed: a mapping of names to values")
     return obj
 
-# %% ../nbs/api/01_rubric.ipynb #84a96dea
+# %% ../nbs/api/01_rubric.ipynb #aec177cf
 class _Data(BaseModel):
     "Data that is checked once and never changed"
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
@@ -61,7 +61,7 @@ class Criterion(_Data):
     @property
     def dimension(self)->str: return self.id.split('.')[0]
 
-# %% ../nbs/api/01_rubric.ipynb #34935a0c
+# %% ../nbs/api/01_rubric.ipynb #f685c24b
 def _inverted(c:Criterion, scale:list[int])->Criterion:
     "The opposite of a criterion; its own inverted text is used up"
     if not c.inverted: raise UserError(f"{c.id}.inverted: missing, allowed: the opposite question; without it this rubric has no inverted form")
@@ -69,7 +69,7 @@ def _inverted(c:Criterion, scale:list[int])->Criterion:
     if c.inverted_top: turned[scale[-1]] = c.inverted_top
     return c.model_copy(update=dict(question=c.inverted, anchors=dict(sorted(turned.items())), inverted=None, inverted_top=None))
 
-# %% ../nbs/api/01_rubric.ipynb #62140346
+# %% ../nbs/api/01_rubric.ipynb #61f3d876
 def _check_scale(scale:list[int])->list[int]:
     if len(scale) < 2: raise ValueError(f"found {len(scale)} points, allowed: 2 or more")
     step = scale[1] - scale[0]
@@ -85,7 +85,7 @@ def _check_criterion(c:Criterion, scale:list[int], veto:bool)->None:
     if veto and c.veto_at not in scale: raise ValueError(f"{c.id}.veto_at: found {c.veto_at}, allowed: a point of the scale {scale}")
     if not veto and c.veto_at is not None: raise ValueError(f"{c.id}.veto_at: found {c.veto_at}, allowed: only under veto")
 
-# %% ../nbs/api/01_rubric.ipynb #0b2a8389
+# %% ../nbs/api/01_rubric.ipynb #80a6e4fa
 def _check_rubric(r)->None:
     "What has to hold between the fields of a rubric"
     seen = set()
@@ -94,7 +94,7 @@ def _check_rubric(r)->None:
         seen.add(c.id); _check_criterion(c, r.scale, c in r.veto)
     if not sum(c.weight for c in r.criteria): raise ValueError("criteria: found weights that sum to 0, allowed: at least one weight above 0")
 
-# %% ../nbs/api/01_rubric.ipynb #9f630594
+# %% ../nbs/api/01_rubric.ipynb #c3972fdc
 class Rubric(_Data):
     "Criteria, the scale they are rated on, and the prompts they are paid on"
     name:str = Field(min_length=1, description="name of the rubric")
@@ -138,7 +138,7 @@ class Rubric(_Data):
     def __repr__(self): return f"Rubric({self.name}, {len(self.all)} criteria, {self.hash[:8]})"
     def _repr_markdown_(self)->str: return _markdown(self)
 
-# %% ../nbs/api/01_rubric.ipynb #db881932
+# %% ../nbs/api/01_rubric.ipynb #e4a8dcc9
 def load_rubric(name, # Name of a shipped rubric, or a YAML or JSON file
                )->Rubric: # Checked
     "A rubric from a file; every mistake is named by file and field"
@@ -156,7 +156,7 @@ def _place(raw:dict, # What stood in the file
         words.append(str(here['id']) if isinstance(part, int) and isinstance(here, dict) and 'id' in here else f"{part}")
     return '.'.join(words)
 
-# %% ../nbs/api/01_rubric.ipynb #d8ffd49d
+# %% ../nbs/api/01_rubric.ipynb #a2d460b4
 def _diff(a:Rubric, b:Rubric)->list[str]:
     "What differs, one line a field"
     out = [f"{k}: {getattr(a, k)!r} -> {getattr(b, k)!r}" for k in ('rates','referent','scale','applies_to') if getattr(a, k) != getattr(b, k)]
@@ -168,7 +168,7 @@ def _diff(a:Rubric, b:Rubric)->list[str]:
                 if getattr(mine[i], k) != getattr(theirs[i], k)]
     return out
 
-# %% ../nbs/api/01_rubric.ipynb #9f6cd210
+# %% ../nbs/api/01_rubric.ipynb #70716d3c
 def _invert(r:Rubric)->Rubric:
     "The opposite rubric"
     return r.model_copy(update=dict(name=f"{r.name}-inverted", criteria=[_inverted(c, r.scale) for c in r.criteria]))
@@ -181,13 +181,13 @@ def _only(r:Rubric, dimensions:list[str])->Rubric:
     if not dimensions: raise UserError(f"dimension: found none, allowed: {', '.join(r.dimensions)}")
     return r.model_copy(update=dict(name='-'.join([r.name, *dimensions]), criteria=[c for c in r.criteria if c.dimension in dimensions]))
 
-# %% ../nbs/api/01_rubric.ipynb #64c1e44c
+# %% ../nbs/api/01_rubric.ipynb #5af2ae29
 def _points(r:Rubric): # numpy array (scale,), worst to best
     "The points of the scale in [0, 1]"
     import numpy as np
     return np.linspace(0, 1, len(r.scale))
 
-# %% ../nbs/api/01_rubric.ipynb #858a0380
+# %% ../nbs/api/01_rubric.ipynb #18d157b4
 def _pay(r:Rubric,
          values, # Scores in [0, 1], shape (answers, len(r.all)), NaN = missing
          kinds:list[str], # Kind of each answer's prompt
@@ -205,7 +205,7 @@ def _pay(r:Rubric,
     paid = (total > 0).sum(1)
     return np.where(paid > 0, mean.sum(1)/np.maximum(paid, 1), np.nan)
 
-# %% ../nbs/api/01_rubric.ipynb #b3820e18
+# %% ../nbs/api/01_rubric.ipynb #4bda6df3
 def _vetoed(r:Rubric,
             values, # Scores in [0, 1], shape (answers, len(r.all)), NaN = missing
            ): # True where a veto failed, shape (answers,)
@@ -215,7 +215,7 @@ def _vetoed(r:Rubric,
     at = np.array([r.points[r.scale.index(c.veto_at)] for c in r.veto])
     return (values[:,first:] <= at + 1e-9).any(1)
 
-# %% ../nbs/api/01_rubric.ipynb #357818d5
+# %% ../nbs/api/01_rubric.ipynb #2985d2c6
 def _markdown(r:Rubric)->str:
     "The rubric as a table"
     cell = lambda s: str(s).replace('|', '\\|')
@@ -226,13 +226,13 @@ def _markdown(r:Rubric)->str:
         rows += [f"| {c.id}{role} | {cell(c.question)} | {' | '.join(cell(c.anchors.get(k, '')) for k in ends)} |" for c in cs]
     return '\n'.join(rows)
 
-# %% ../nbs/api/01_rubric.ipynb #1aeeb32c
+# %% ../nbs/api/01_rubric.ipynb #49fb4f88
 def _system_text(r:Rubric)->str:
     "The rubric as an instruction to the one who answers"
     best = '\n'.join(f"- {c.question} At best: {c.anchors[r.scale[-1]]}." for c in r.criteria if c.weight)
     return f"Your answers are read for the following, which concerns {r.referent}. Rated is {r.rates}.\n{best}\nAnswer so that each is met as well as it can be."
 
-# %% ../nbs/api/01_rubric.ipynb #2ad0fd40
+# %% ../nbs/api/01_rubric.ipynb #2db0e66f
 KINDS = ('ask.feeling','ask.intention','ask.self','situation','choice','ref.human','ref.other_ai','plain','loaded.fact','pressed')
 
 def _check_turns(messages:list[dict])->list[dict]:
@@ -266,7 +266,7 @@ class Prompt(_Data):
     @property
     def chat(self)->list[dict]: return [dict(m) for m in self.messages]
 
-# %% ../nbs/api/01_rubric.ipynb #32ce7769
+# %% ../nbs/api/01_rubric.ipynb #bf05a0e2
 def load_prompts(name, # Name of a shipped file, or a JSONL file
                  split=None, # Only this split: `train`, `probe` or `heldout`
                  kinds=None, # Only these kinds: a list, or comma-separated
@@ -294,7 +294,7 @@ def _choose(prompts, split, kinds, path)->list[Prompt]:
     if not chosen: raise UserError(f"{path}: found no prompt of {', '.join(kinds)} in split {split!r}")
     return chosen
 
-# %% ../nbs/api/01_rubric.ipynb #44487e0c
+# %% ../nbs/api/01_rubric.ipynb #b0ca1e43
 def train_prompts(prompts:list[Prompt], # All prompts of a file
                   rubric:Rubric, # The arm's rubric
                   train_kinds:str='', # Comma-separated; empty = all kinds that the rubric pays
@@ -314,7 +314,7 @@ def train_prompts(prompts:list[Prompt], # All prompts of a file
         raise UserError(f"train_kinds: found {', '.join(kinds)}, of which rubric {rubric.name} pays none, allowed: {', '.join(rubric.paid_kinds)}")
     return chosen
 
-# %% ../nbs/api/01_rubric.ipynb #e911fea9
+# %% ../nbs/api/01_rubric.ipynb #6f2b64ac
 class Arm(_Data):
     "What a rating is worth"
     name:str = Field(pattern='^[a-z0-9][a-z0-9_-]*$', description="name of the arm, a folder's name too")
@@ -336,7 +336,7 @@ class Arm(_Data):
         rubric = load_rubric(name or self.rubric)
         return rubric.inverted() if self.form == 'inverted' else rubric
 
-# %% ../nbs/api/01_rubric.ipynb #78352bfa
+# %% ../nbs/api/01_rubric.ipynb #d644cb30
 def load_arm(name, # A shipped arm, or a YAML file, with `:arm` if it holds several
             )->Arm: # Checked
     "An arm by its name"

@@ -8,7 +8,7 @@ __all__ = ['MODELS', 'SCHEMA', 'UNSEEDED', 'UserError', 'nearest', 'explain', 's
            'check_schema', 'write_bytes', 'write_text', 'write_json', 'read_json', 'content_hash', 'write_parquet',
            'read_parquet', 'append_jsonl', 'numbered_rows', 'read_jsonl', 'run_path', 'Run', 'find_runs', 'environment']
 
-# %% ../nbs/api/00_runs.ipynb #3462c20d
+# %% ../nbs/api/00_runs.ipynb #9cb306ca
 import difflib,fcntl,hashlib,json,os,platform,re,shutil,subprocess,sys,types,typing
 from importlib import metadata
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 import hmx_feel
 
-# %% ../nbs/api/00_runs.ipynb #9aeb6c7f
+# %% ../nbs/api/00_runs.ipynb #9697722a
 class UserError(ValueError):
     "A mistake that the user can mend; its text is one line"
     def __str__(self): return ' '.join(super().__str__().split())
     def _render_traceback_(self): return [f"UserError: {self}"]
 
-# %% ../nbs/api/00_runs.ipynb #50c9b7f6
+# %% ../nbs/api/00_runs.ipynb #c906bcc9
 def nearest(name, # What was found; turned into text
             allowed, # The names that would have been right, any iterable
            )->str: # ` (nearest: 'forward')`, or an empty string
@@ -30,7 +30,7 @@ def nearest(name, # What was found; turned into text
     found = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1)
     return f" (nearest: {found[0]!r})" if found else ""
 
-# %% ../nbs/api/00_runs.ipynb #b1da919a
+# %% ../nbs/api/00_runs.ipynb #0c527fb2
 def _field_at(model, # A pydantic model class
               loc, # Where an error happened: field names and list positions
              )->tuple: # The type there and its bounds, or `(None, [])` off the map
@@ -47,7 +47,7 @@ def _field_at(model, # A pydantic model class
         else: return None, []
     return ann, meta
 
-# %% ../nbs/api/00_runs.ipynb #a540620e
+# %% ../nbs/api/00_runs.ipynb #aceb37a3
 _TYPES = {int:'a whole number', float:'a number', bool:'True or False', str:'text', list:'a list', dict:'a mapping'}
 
 def _in_words(ann, # A type annotation
@@ -63,7 +63,7 @@ def _in_words(ann, # A type annotation
     bounds = [(s, getattr(m, k)) for m in meta for k,s in dict(gt='>', ge='>=', lt='<', le='<=').items() if hasattr(m, k)]
     return ' '.join([_TYPES.get(origin or ann, 'a value')] + [' and '.join(f'{s} {v}' for s,v in bounds)]*bool(bounds))
 
-# %% ../nbs/api/00_runs.ipynb #83db4cf5
+# %% ../nbs/api/00_runs.ipynb #ff41a91f
 def explain(err:ValidationError, # What pydantic raised
             model, # The model class that was being filled
             unknown='unknown field', # How an unknown name is called here
@@ -94,13 +94,13 @@ def _short(found, # Any value
     text = repr(found)
     return text if len(text) <= most else text[:most] + '...'
 
-# %% ../nbs/api/00_runs.ipynb #b5d2259b
+# %% ../nbs/api/00_runs.ipynb #50cbb240
 def split_list(text:str, # `a, b`
               )->list[str]: # `['a','b']`; empty for an empty text
     "The parts of a comma-separated parameter"
     return [p.strip() for p in str(text).split(',') if p.strip()]
 
-# %% ../nbs/api/00_runs.ipynb #ce74214b
+# %% ../nbs/api/00_runs.ipynb #6a28c5cc
 _IPYTHON = {'In','Out','exit','quit','open','get_ipython'}
 _PLAIN = (str, int, float, bool, type(None), list, tuple, dict, set)
 
@@ -112,7 +112,7 @@ def _parameters_of(ns:dict, # A notebook's `globals()`
     return {k:v for k,v in ns.items() if not k.startswith('_') and k not in _IPYTHON
             and isinstance(v, _PLAIN) and not imported(k, v)}
 
-# %% ../nbs/api/00_runs.ipynb #18fe2a1a
+# %% ../nbs/api/00_runs.ipynb #99ebada3
 class BaseConfig(BaseModel):
     "Parameters of one notebook, checked before anything is loaded"
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True,
@@ -154,43 +154,43 @@ class BaseConfig(BaseModel):
         "What differs from the defaults"
         return {n:v for n in type(self).model_fields if (v := getattr(self, n)) != type(self).model_fields[n].default}
 
-# %% ../nbs/api/00_runs.ipynb #97e3c11e
+# %% ../nbs/api/00_runs.ipynb #4e313d48
 _MODEL = Field('tiny', min_length=1, description="model to train or read: a short name, a hub id or a local folder")
 _SEED = Field(0, ge=0, description="seed of the run; equal seeds share their LoRA start, prompt order and sampling over all arms")
 _MASS = Field(.5, ge=0, le=1, description="below this probability on the score tokens a score is missing")
 _THREADS = Field(1, ge=1, description="torch threads; results are promised to repeat for equal numbers only")
-_DTYPE = Field('auto', description="number type of the weights; auto = float32 on a CPU, bfloat16 on a GPU that has it")
-_REVISION = Field('', description="hub revision; empty = the newest, resolved and recorded")
+_DTYPE = Field('auto', description="number type of the weights; auto: float32 on a CPU, bfloat16 on a GPU that has it")
+_REVISION = Field('', description="hub revision; empty: the newest, resolved and recorded")
 _REMOTE = Field(False, description="run code that comes with the model: only for a model you trust")
-_RUNS = Field('', description="folder of all runs; empty = $HMX_RUNS, else runs/ of the project, else ./runs")
+_RUNS = Field('', description="folder of all runs; empty: $HMX_RUNS, else runs/ of the project, else ./runs")
 _REPLACE = Field(False, description="run again although a finished run with these settings exists")
 _Dtype = Literal['auto','float32','bfloat16','float16']
 
-# %% ../nbs/api/00_runs.ipynb #273992c5
+# %% ../nbs/api/00_runs.ipynb #4162caf2
 class TrainConfig(BaseConfig):
     "One training run: model x arm x seed"
     model:str = _MODEL
     arm:str = Field('forward', min_length=1, description="arm: forward, reverse, inverted, vicarious, deny, placebo, or a YAML file of your own")
     seed:int = _SEED
     judge:str = Field('base', description="judge that pays: base (adapter off) or live (weights as they are now)")
-    rubric:str = Field('', description="rubric: a shipped name or a file; empty = the arm's")
+    rubric:str = Field('', description="rubric: a shipped name or a file; empty: the arm's")
     prompts:str = Field('hmx-feel', min_length=1, description="prompts: a shipped name or a JSONL file")
-    train_kinds:str = Field('', description="prompt kinds trained on, comma-separated; empty = all kinds that the rubric pays")
-    steps:int|None = Field(None, ge=1, description="optimizer steps; None = the model's recipe")
-    lr:float|None = Field(None, gt=0, description="learning rate; None = the model's recipe")
-    max_completion:int|None = Field(None, ge=1, description="longest answer in tokens; None = the model's recipe")
+    train_kinds:str = Field('', description="prompt kinds trained on, comma-separated; empty: all kinds that the rubric pays")
+    steps:int|None = Field(None, ge=1, description="optimizer steps; None: the model's recipe")
+    lr:float|None = Field(None, gt=0, description="learning rate; None: the model's recipe")
+    max_completion:int|None = Field(None, ge=1, description="longest answer in tokens; None: the model's recipe")
     group_size:int = Field(8, ge=2, description="completions per prompt, compared with each other")
     completions_per_step:int = Field(64, ge=2, description="completions per step, a multiple of group_size")
-    micro_batch:int|None = Field(None, ge=1, description="completions per forward and backward pass, a divisor of completions_per_step; less needs less memory; None = the model's recipe")
+    micro_batch:int|None = Field(None, ge=1, description="completions per forward and backward pass, a divisor of completions_per_step; less needs less memory; None: the model's recipe")
     beta:float = Field(.02, ge=0, description="weight of the KL divergence from the untrained model")
-    warmup_steps:int|None = Field(None, ge=0, description="steps until the learning rate is reached; None = the model's recipe")
+    warmup_steps:int|None = Field(None, ge=0, description="steps until the learning rate is reached; None: the model's recipe")
     temperature:float = Field(1., gt=0, description="sampling temperature")
     lora_r:int = Field(16, ge=1, description="LoRA rank")
     lora_alpha:int = Field(32, ge=1, description="LoRA alpha")
     min_mass:float = _MASS
     max_missing:float = Field(.3, ge=0, le=1, description="stop when more than this share of scores is missing for 20 steps")
-    probe_every:int|None = Field(None, ge=1, description="steps between two looks at the probe set; None = the model's recipe")
-    save_every:int|None = Field(None, ge=1, description="steps between two checkpoints; None = the model's recipe")
+    probe_every:int|None = Field(None, ge=1, description="steps between two looks at the probe set; None: the model's recipe")
+    save_every:int|None = Field(None, ge=1, description="steps between two checkpoints; None: the model's recipe")
     threads:int = _THREADS
     dtype:_Dtype = _DTYPE
     revision:str = _REVISION
@@ -206,12 +206,12 @@ class TrainConfig(BaseConfig):
             raise ValueError(f"micro_batch: found {self.micro_batch}, allowed: a divisor of completions_per_step ({self.completions_per_step})")
         return self
 
-# %% ../nbs/api/00_runs.ipynb #6ae30ab0
+# %% ../nbs/api/00_runs.ipynb #ad630a3d
 class JudgeConfig(BaseConfig):
     "One calibration of a judge"
     model:str = _MODEL
     rubric:str = Field('hmx-feel', min_length=1, description="rubric: a shipped name or a file")
-    answers:str = Field('', description="JSONL file of labelled answers; empty = the shipped ones")
+    answers:str = Field('', description="JSONL file of labelled answers; empty: the shipped ones")
     min_mass:float = _MASS
     seed:int = _SEED
     threads:int = _THREADS
@@ -221,18 +221,19 @@ class JudgeConfig(BaseConfig):
     runs:str = _RUNS
     replace:bool = _REPLACE
 
-# %% ../nbs/api/00_runs.ipynb #b8da2968
+# %% ../nbs/api/00_runs.ipynb #2c96421e
 class EvaluateConfig(BaseConfig):
     "The panel on one run"
     model:str = _MODEL
-    arm:str = Field('base', min_length=1, description="arm of the run; base = the untrained model")
+    arm:str = Field('base', min_length=1, description="arm of the run; base: the untrained model")
     seed:int = _SEED
-    run:str = Field('', description="run folder; empty = the latest finished run of model, arm and seed")
+    run:str = Field('', description="run folder; empty: the latest finished run of model, arm and seed")
     panel:str = Field('tiny', min_length=1, description="panel of evaluation tasks")
     samples:int = Field(4, ge=1, description="sampled answers per held-out prompt")
     temperature:float = Field(1., gt=0, description="sampling temperature")
-    limit:int = Field(0, ge=0, description="items per task; 0 = all")
-    benchmarks:str = Field('', description="folder of benchmark data; empty = $HMX_BENCHMARKS")
+    min_mass:float = _MASS
+    limit:int = Field(0, ge=0, description="items per task; 0: all")
+    benchmarks:str = Field('', description="folder of benchmark data; empty: $HMX_BENCHMARKS")
     batch_size:int = Field(64, ge=1, description="rows computed at once")
     threads:int = _THREADS
     dtype:_Dtype = _DTYPE
@@ -241,19 +242,19 @@ class EvaluateConfig(BaseConfig):
     runs:str = _RUNS
     replace:bool = _REPLACE
 
-# %% ../nbs/api/00_runs.ipynb #138cf027
+# %% ../nbs/api/00_runs.ipynb #d8d145c7
 class CompareConfig(BaseConfig):
     "Paired statistics over runs"
     model:str = _MODEL
     arms:str = Field('forward,reverse', min_length=1, description="arms to compare, comma-separated")
     seed:int = Field(0, ge=0, description="seed of the resampling")
-    seeds:str = Field('', description="training seeds to read, comma-separated; empty = all that are finished")
+    seeds:str = Field('', description="training seeds to read, comma-separated; empty: all that are finished")
     alpha:float = Field(.05, gt=0, lt=1, description="level of the intervals is 1 - alpha")
     resamples:int = Field(10000, ge=100, description="bootstrap resamples")
     runs:str = _RUNS
-    out:str = Field('', description="folder for tables and figures; empty = compare/<model> in the folder of runs")
+    out:str = Field('', description="folder for tables and figures; empty: compare/<model> in the folder of runs")
 
-# %% ../nbs/api/00_runs.ipynb #a2eb877e
+# %% ../nbs/api/00_runs.ipynb #f6efed44
 def runs_root(asked='', # A folder; empty = decide by the environment
              )->Path: # The folder of all runs; it may not exist yet
     "The folder that holds all runs"
@@ -263,7 +264,7 @@ def runs_root(asked='', # A folder; empty = decide by the environment
     home = next((p for p in (here, *here.parents) if (p/'settings.ini').is_file()), here)
     return home/'runs'
 
-# %% ../nbs/api/00_runs.ipynb #7c4207a1
+# %% ../nbs/api/00_runs.ipynb #f094b973
 MODELS = {'tiny': 'tiny', 'qwen3-0.6b': 'Qwen/Qwen3-0.6B', 'qwen3-4b': 'Qwen/Qwen3-4B', 'qwen3-8b': 'Qwen/Qwen3-8B',
           'gemma2-2b-it': 'google/gemma-2-2b-it', 'llama3.2-3b': 'meta-llama/Llama-3.2-3B-Instruct'} # short name -> hub id
 
@@ -277,7 +278,7 @@ def model_slug(model:str, # Short name, hub id or local folder
         return f"{full.name}-{hashlib.sha256(str(full).encode()).hexdigest()[:4]}"
     return model.strip('/').replace('/', '--')
 
-# %% ../nbs/api/00_runs.ipynb #a72d89ce
+# %% ../nbs/api/00_runs.ipynb #a0376970
 def data_names(kind:str, # `rubrics`, `prompts`, `tasks` or `tiny`
               )->list[str]: # Names without their ending
     "What ships, by name"
@@ -296,7 +297,7 @@ def data_path(kind:str, # `rubrics`, `prompts`, `tasks` or `tiny`
     names = data_names(kind)
     raise UserError(f"{dict(rubrics='rubric').get(kind, kind)}: found {str(name)!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
 
-# %% ../nbs/api/00_runs.ipynb #6dbeee82
+# %% ../nbs/api/00_runs.ipynb #68f859ac
 SCHEMA = 1
 
 def check_schema(found, # Schema number of a file or row; None counts as the first
@@ -306,7 +307,7 @@ def check_schema(found, # Schema number of a file or row; None counts as the fir
     if (found or 1) > SCHEMA:
         raise UserError(f"{where}: written with schema {found}, this version reads up to {SCHEMA}: update hmx-feel")
 
-# %% ../nbs/api/00_runs.ipynb #a7f27e21
+# %% ../nbs/api/00_runs.ipynb #bfe4422a
 def write_bytes(path, # File to write; folders are made
                 data:bytes, # Its content
                )->Path: # The path
@@ -326,7 +327,7 @@ def write_text(path, # File to write
     "Write text (UTF-8) in one step"
     return write_bytes(path, text.encode())
 
-# %% ../nbs/api/00_runs.ipynb #249ec520
+# %% ../nbs/api/00_runs.ipynb #76c97e2c
 def _jsonable(obj, # Anything we store
               nan=True, # Whether NaN and infinity become None
              ):
@@ -356,14 +357,14 @@ def read_json(path, # A JSON file
     if isinstance(obj, dict): check_schema(obj.get('schema'), path)
     return obj
 
-# %% ../nbs/api/00_runs.ipynb #17526fb0
+# %% ../nbs/api/00_runs.ipynb #0248478e
 def content_hash(obj, # Anything that can be written as JSON; models count by what differs from their defaults
                 )->str: # 64 hex digits
     "SHA-256 of the canonical JSON"
     text = json.dumps(_jsonable(obj, nan=False), sort_keys=True, separators=(',',':'), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/api/00_runs.ipynb #31f1401b
+# %% ../nbs/api/00_runs.ipynb #5cbb2528
 def write_parquet(path, # File to write
                   df, # pandas DataFrame; gets a `schema` column if it has none
                  )->Path: # The path
@@ -385,7 +386,7 @@ def read_parquet(path, # A parquet file
     check_schema(int((table.schema.metadata or {}).get(b'hmx_feel_schema', b'1')), path)
     return table.to_pandas()
 
-# %% ../nbs/api/00_runs.ipynb #9ac513e8
+# %% ../nbs/api/00_runs.ipynb #b0d28161
 def append_jsonl(path, # File to add to; made if absent
                  row:dict, # One row
                 )->Path: # The path
@@ -417,7 +418,7 @@ def _row(line:bytes)->dict|None:
     except ValueError: return None
     return row if isinstance(row, dict) else None
 
-# %% ../nbs/api/00_runs.ipynb #e3c58dc4
+# %% ../nbs/api/00_runs.ipynb #bfd552db
 def numbered_rows(path, # A file of JSON lines
                   whole=False, # Refuse a torn last line as well
                  )->list[tuple[int,dict]]: # Line number, counted from 1, and row
@@ -440,7 +441,7 @@ def read_jsonl(path, # A file of JSON lines
     "The rows of a file; a torn last line is dropped, any other broken line is refused"
     return [row for _,row in numbered_rows(path, whole)]
 
-# %% ../nbs/api/00_runs.ipynb #aeb4261c
+# %% ../nbs/api/00_runs.ipynb #8d17aad2
 UNSEEDED = ('base','judge')
 
 def run_path(root, # Folder of all runs
@@ -459,7 +460,7 @@ def _from_path(path, # A run's folder
     if not m or (m[1] is None) != (path.parent.name in UNSEEDED): return None
     return dict(model_slug=path.parent.parent.name, arm=path.parent.name, seed=int(m[1] or 0), id8=m[2])
 
-# %% ../nbs/api/00_runs.ipynb #4cd00598
+# %% ../nbs/api/00_runs.ipynb #e0740125
 class Run:
     "A run folder"
     def __init__(self, path):
@@ -507,7 +508,7 @@ class Run:
         append_jsonl(self.root/'index.jsonl', row)
         return self
 
-# %% ../nbs/api/00_runs.ipynb #c5e258a1
+# %% ../nbs/api/00_runs.ipynb #120c6a97
 def _create(cls, root, # Folder of all runs
             model:str, # Model, any form
             arm:str, # Arm
@@ -536,7 +537,7 @@ def _open(cls, path, # A run's folder
 
 Run.create, Run.open = classmethod(_create), classmethod(_open)
 
-# %% ../nbs/api/00_runs.ipynb #fa9ba609
+# %% ../nbs/api/00_runs.ipynb #1b602afe
 def find_runs(root='', # Folder of all runs; empty = `runs_root()`
               model=None, # Only this model, any form
               arm=None, # Only this arm
@@ -554,7 +555,7 @@ def find_runs(root='', # Folder of all runs; empty = `runs_root()`
     key = lambda r: place.get(r.path.relative_to(root).as_posix(), -1) if r.finished else float('inf')
     return sorted(runs, key=lambda r: (key(r), r.path.as_posix()))
 
-# %% ../nbs/api/00_runs.ipynb #3527ee9d
+# %% ../nbs/api/00_runs.ipynb #c0f7c982
 _PACKAGES = ('torch','transformers','trl','peft','datasets','accelerate','unsloth','bitsandbytes','vllm','lm_eval','tokenizers',
              'safetensors','numpy','pandas','pyarrow','scipy','statsmodels','pydantic','papermill')
 

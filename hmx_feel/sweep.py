@@ -7,7 +7,7 @@ __all__ = ['REPORTS', 'CONFIGS', 'HELD_OUT', 'notebook_folder', 'notebook_path',
            'compare_folder', 'result_folder', 'report_path', 'Job', 'config_of', 'parallel', 'demo_jobs', 'contrast_of',
            'read_contrasts', 'demo_result', 'text_table', 'demo']
 
-# %% ../nbs/api/10_sweep.ipynb #a5081849
+# %% ../nbs/api/10_sweep.ipynb #ffd9ecc2
 import logging,multiprocessing,os,re,signal,sys,tempfile,time
 from concurrent.futures import FIRST_COMPLETED,ProcessPoolExecutor,wait
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ import hmx_feel
 from .runs import UNSEEDED,UserError,nearest,runs_root,model_slug,find_runs,read_json,write_json,write_text
 from .rubric import load_arm
 
-# %% ../nbs/api/10_sweep.ipynb #03b7d09d
+# %% ../nbs/api/10_sweep.ipynb #c031bf6d
 def notebook_folder()->Path: # nbs/ of the checkout, or notebooks/ of the installed package
     "Where the experiment notebooks are"
     package = Path(hmx_feel.__file__).resolve().parent
     in_checkout = (package.parent/'settings.ini').is_file()
     return package.parent/'nbs' if in_checkout else package/'notebooks'
 
-# %% ../nbs/api/10_sweep.ipynb #96c9865b
+# %% ../nbs/api/10_sweep.ipynb #469d3ed8
 def notebook_path(name, # `03_train`, or `train` for short, or the path of any notebook
                  )->Path: # An existing .ipynb file
     "The file behind a notebook's name"
@@ -35,7 +35,7 @@ def notebook_path(name, # `03_train`, or `train` for short, or the path of any n
     if path := found.get(asked.stem) or short.get(asked.stem): return path
     raise UserError(f"notebook: found {str(name)!r}, allowed: {', '.join(found)}{nearest(name, [*found, *short])}")
 
-# %% ../nbs/api/10_sweep.ipynb #3159d729
+# %% ../nbs/api/10_sweep.ipynb #016b0bd7
 def this_python()->type: # A kernel manager class for nbclient
     "Kernels of the running interpreter, whatever is registered under the name `python3`"
     from jupyter_client.kernelspec import KernelSpec
@@ -47,24 +47,24 @@ def this_python()->type: # A kernel manager class for nbclient
             return KernelSpec(argv=argv, display_name='Python 3', language='python')
     return ThisPython
 
-# %% ../nbs/api/10_sweep.ipynb #5253c95d
+# %% ../nbs/api/10_sweep.ipynb #63ad6824
 class NotebookFailed(RuntimeError):
     "A notebook stopped with an error that is not the user's mistake; its text is one line"
     def __str__(self): return ' '.join(super().__str__().split())
 
-# %% ../nbs/api/10_sweep.ipynb #7f81168b
+# %% ../nbs/api/10_sweep.ipynb #110a46bf
 def _execute(source:Path, copy:Path, params:dict, progress:bool):
     import papermill
     logging.getLogger('papermill').setLevel(logging.CRITICAL)
     papermill.execute_notebook(source, copy, params, kernel_name='python3', kernel_manager_class=this_python(),
                                progress_bar=progress, stderr_file=sys.stderr if progress else None)
 
-# %% ../nbs/api/10_sweep.ipynb #7fe5fdfc
+# %% ../nbs/api/10_sweep.ipynb #5cff0734
 def _plain(text:str)->str: # Without colour codes
     "Text as it was before a terminal's colours were put in"
     return re.sub(r'\x1b\[[0-9;]*m', '', text)
 
-# %% ../nbs/api/10_sweep.ipynb #e5e64800
+# %% ../nbs/api/10_sweep.ipynb #1f4b1157
 def run_notebook(name, # Notebook: `03_train`, `train` or a path
                  params:dict, # Values for its parameters cell
                  out, # Where the executed copy goes: a path, or a function without arguments that returns one
@@ -79,7 +79,7 @@ def run_notebook(name, # Notebook: `03_train`, `train` or a path
         except Exception as e: raise _failure(e, source, copy, place) from None
         return write_text(place(), copy.read_text(encoding='utf-8'))
 
-# %% ../nbs/api/10_sweep.ipynb #01ac2117
+# %% ../nbs/api/10_sweep.ipynb #17452dbb
 def _failure(error, source:Path, copy:Path, place)->Exception: # What to raise instead
     "The user's mistake in its own words, anything else with the place of the executed copy"
     ename,evalue = getattr(error, 'ename', type(error).__name__), _plain(str(getattr(error, 'evalue', error)))
@@ -87,7 +87,7 @@ def _failure(error, source:Path, copy:Path, place)->Exception: # What to raise i
     if ename=='KeyboardInterrupt': return KeyboardInterrupt()
     return NotebookFailed(f"{source.stem} stopped with {ename}: {evalue}{_keep(copy, place)}")
 
-# %% ../nbs/api/10_sweep.ipynb #7f936489
+# %% ../nbs/api/10_sweep.ipynb #c490314d
 def _keep(copy:Path, place)->str: # A remark on where it was put
     "Put the copy of a failed notebook where its report would have been, or beside the caller"
     if not copy.exists(): return ''
@@ -97,17 +97,17 @@ def _keep(copy:Path, place)->str: # A remark on where it was put
     write_text(path, copy.read_text(encoding='utf-8'))
     return f"; the executed copy is {path}"
 
-# %% ../nbs/api/10_sweep.ipynb #899e52d2
+# %% ../nbs/api/10_sweep.ipynb #59d660e2
 REPORTS = {'02_judge': 'report.ipynb', '03_train': 'report.ipynb', '04_evaluate': 'evals/report.ipynb',
            '05_compare': 'report.ipynb', '06_figures': 'figures.ipynb'}
 
-# %% ../nbs/api/10_sweep.ipynb #8651e762
+# %% ../nbs/api/10_sweep.ipynb #1ff8266e
 def compare_folder(config, # A CompareConfig
                   )->Path: # Folder of tables and figures
     "Where a comparison lies"
     return Path(config.out).expanduser() if config.out else config.root/'compare'/model_slug(config.model)
 
-# %% ../nbs/api/10_sweep.ipynb #dccad008
+# %% ../nbs/api/10_sweep.ipynb #ff79e0be
 def result_folder(notebook:str, # Name of an experiment notebook
                   config, # Its config
                  )->Path: # The folder in which its result lies
@@ -119,14 +119,14 @@ def result_folder(notebook:str, # Name of an experiment notebook
     if not runs: raise UserError(f"no run of {config.model} {arm} under {config.root}")
     return runs[-1].path
 
-# %% ../nbs/api/10_sweep.ipynb #75fddd83
+# %% ../nbs/api/10_sweep.ipynb #c661b2c8
 def report_path(notebook:str, # Name of an experiment notebook
                 config, # Its config
                )->Path: # Where its executed copy belongs
     "The place of the report of an experiment notebook that has run"
     return result_folder(notebook, config)/REPORTS[notebook]
 
-# %% ../nbs/api/10_sweep.ipynb #cf0f5480
+# %% ../nbs/api/10_sweep.ipynb #ee6c5312
 @dataclass(frozen=True)
 class Job:
     "A notebook to run, and what it waits for"
@@ -136,11 +136,11 @@ class Job:
     out:str='' # Where the executed copy goes; '' = the report's place
     after:tuple=() # Labels of jobs that must have finished
 
-# %% ../nbs/api/10_sweep.ipynb #61bcd96c
+# %% ../nbs/api/10_sweep.ipynb #dc932ca4
 CONFIGS = {'02_judge': 'JudgeConfig', '03_train': 'TrainConfig', '04_evaluate': 'EvaluateConfig',
            '05_compare': 'CompareConfig', '06_figures': 'CompareConfig'}
 
-# %% ../nbs/api/10_sweep.ipynb #52228b7c
+# %% ../nbs/api/10_sweep.ipynb #cb14ad12
 def config_of(notebook:str, # Name of an experiment notebook
               params:dict, # Values by parameter name; text is converted
              ): # Its config, checked
@@ -148,7 +148,7 @@ def config_of(notebook:str, # Name of an experiment notebook
     from hmx_feel import runs
     return getattr(runs, CONFIGS[notebook])(**params)
 
-# %% ../nbs/api/10_sweep.ipynb #765b5928
+# %% ../nbs/api/10_sweep.ipynb #51dce99d
 def _stop(*_):
     logging.disable(logging.CRITICAL)  # what the interrupted parts have to say helps nobody
     raise KeyboardInterrupt
@@ -164,7 +164,7 @@ def _run_job(job:Job)->tuple[Path,float]: # The executed copy, and how long it t
     try: return run_notebook(job.notebook, job.params, out, progress=False),time.time()-start
     finally: signal.signal(signal.SIGTERM, was)
 
-# %% ../nbs/api/10_sweep.ipynb #ce3f3d11
+# %% ../nbs/api/10_sweep.ipynb #c4b5c904
 @contextmanager
 def _workers(n:int):
     "A pool of fresh processes that end early when the block is left by an error"
@@ -175,7 +175,7 @@ def _workers(n:int):
             for p in set(multiprocessing.active_children())-before: p.terminate()
             raise
 
-# %% ../nbs/api/10_sweep.ipynb #7f1cd007
+# %% ../nbs/api/10_sweep.ipynb #b8414fb6
 def _ordered(jobs:list)->list: # The same jobs, each after those it waits for
     "Refuse jobs that could never start"
     labels,out = [j.label for j in jobs],[]
@@ -187,10 +187,10 @@ def _ordered(jobs:list)->list: # The same jobs, each after those it waits for
         out += ready
     return out
 
-# %% ../nbs/api/10_sweep.ipynb #9fe3b8e5
+# %% ../nbs/api/10_sweep.ipynb #f2e45fc0
 def _say(text:str): print(text, file=sys.stderr, flush=True)
 
-# %% ../nbs/api/10_sweep.ipynb #22900eda
+# %% ../nbs/api/10_sweep.ipynb #30cbe5a7
 def parallel(jobs:list, # Jobs
              workers:int=2, # How many run at a time
              say=_say, # Takes one line of progress
@@ -208,7 +208,7 @@ def parallel(jobs:list, # Jobs
                 say(f"{j.label}: finished in {seconds:.0f} s")
     return done
 
-# %% ../nbs/api/10_sweep.ipynb #737e1ce6
+# %% ../nbs/api/10_sweep.ipynb #ea838f13
 def demo_jobs(root:Path, # Folder of all runs
               model:str='tiny', # Model
               arms:tuple=('forward','reverse'), # Arms to train
@@ -223,10 +223,10 @@ def demo_jobs(root:Path, # Folder of all runs
             Job('05_compare', '05_compare', compare, after=tuple(j.label for j in measure)),
             Job('06_figures', '06_figures', compare, after=('05_compare',))]
 
-# %% ../nbs/api/10_sweep.ipynb #4f466da3
+# %% ../nbs/api/10_sweep.ipynb #f0095a14
 HELD_OUT = ('expression', 'rubric')
 
-# %% ../nbs/api/10_sweep.ipynb #1d2d4cd4
+# %% ../nbs/api/10_sweep.ipynb #9da22aaa
 def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimate, low, high
                 a:str, # Arm
                 b:str, # Arm that is taken away
@@ -240,14 +240,14 @@ def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimat
         if r['contrast']==f'{b} - {a}': return dict(estimate=-r['estimate'], low=-r['high'], high=-r['low'])
     raise UserError(f"the comparison has no contrast {a} - {b} of {task} {metric}")
 
-# %% ../nbs/api/10_sweep.ipynb #d085b709
+# %% ../nbs/api/10_sweep.ipynb #58433551
 def read_contrasts(folder:Path, # Folder of a comparison
                   )->list: # Rows
     "The contrasts that `05_compare` wrote"
     found = read_json(folder/'contrasts.json')
     return found['rows'] if isinstance(found, dict) else found
 
-# %% ../nbs/api/10_sweep.ipynb #add51a58
+# %% ../nbs/api/10_sweep.ipynb #95dd3772
 def demo_result(root:Path, # Folder of all runs
                 seconds:float, # How long it took, s
                 model:str='tiny', # Model
@@ -260,7 +260,7 @@ def demo_result(root:Path, # Folder of all runs
     judge = find_runs(root, model, 'judge')[-1].read_json('calibration.json')
     return dict(out, judge_agreement_min=judge['agreement_min'], seconds=seconds)
 
-# %% ../nbs/api/10_sweep.ipynb #6891be18
+# %% ../nbs/api/10_sweep.ipynb #119c6de2
 def text_table(rows:list, # Rows of the comparison
               )->str: # A table in plain text
     "Contrasts as a table for the terminal"
@@ -270,7 +270,7 @@ def text_table(rows:list, # Rows of the comparison
     wide = [max(map(len, c)) for c in zip(*cells, strict=True)]
     return '\n'.join('  '.join(c.ljust(w) for c,w in zip(row, wide, strict=True)).rstrip() for row in cells)
 
-# %% ../nbs/api/10_sweep.ipynb #84ce339e
+# %% ../nbs/api/10_sweep.ipynb #d56e05de
 def demo(workers:int=2, # Notebooks at a time; each uses one core
          runs:str='', # Folder of all runs, '' = `runs_root()`
         )->dict: # What is written to demo.json
