@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'RubricReward', 'resolve', 'grpo_args', 'lora',
-           'check_run', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer', 'check_lengths',
+           'check_run', 'check_tokens', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #c6ebf88d
+# %% ../nbs/api/05_grpo.ipynb #bf76c86b
 import logging,math,time,warnings,zlib
 import numpy as np
 from dataclasses import asdict,replace
 from fastcore.basics import patch
 from .runs import UserError,TrainConfig,Run,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
-from .policy import Policy,check_model,load_policy,model_id,recipe,prompt_ids
-from .judge import IDENTITIES,Judge,judge_prompt
+from .policy import Policy,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
+from .judge import IDENTITIES,Judge,Pieces,check_judge,judge_prompt
 from .drift import DriftLedger,text_veto,ledger_summary
 
 # %% ../nbs/api/05_grpo.ipynb #45704a9f
@@ -71,7 +71,7 @@ class RubricReward:
         base = make('base')
         self.judges = dict(base=base, pays=base if self.config.judge=='base' else make(self.config.judge))
 
-# %% ../nbs/api/05_grpo.ipynb #35ebfd40
+# %% ../nbs/api/05_grpo.ipynb #fe543f12
 @patch
 def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric, id, **kw)->list:
     "One reward per completion, `None` where it is missing"
@@ -84,18 +84,19 @@ def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric,
     failed = self.rubric.vetoed(base.value) | np.array([bool(r) for r in rules])
     rewards = arm_rewards(self.arm, pay, failed, n, derive(self.config.seed, 'shuffle', step))
     means = {c: float(np.nanmean(scores.value[:,i])) for i,c in enumerate(scores.ids) if np.isfinite(scores.value[:,i]).any()}
-    self.last = dict(score=float(np.nanmean(pay)) if np.isfinite(pay).any() else None, missing=float(np.isnan(pay).mean()), vetoed=float(failed.mean()),
+    paid = np.array([p.kind in self.rubric.paid_kinds for p in asked])
+    self.last = dict(score=float(np.nanmean(pay)) if np.isfinite(pay).any() else None, missing=float(np.isnan(pay[paid]).mean()) if paid.any() else 0., vetoed=float(failed.mean()),
                      mass=float(scores.mass.mean()), judged_cut=int(scores.cut.sum()),
                      missing_by_criterion={c: float(np.isnan(scores.value[:,i]).mean()) for i,c in enumerate(scores.ids)}, criteria=means)
-    self._keep(step, asked, texts, scores, pay, rewards, rules)
+    self._keep(step, asked, texts, scores, pay, rewards, failed, rules)
     return [None if np.isnan(r) else float(r) for r in rewards]
 
-# %% ../nbs/api/05_grpo.ipynb #cdf4ae54
+# %% ../nbs/api/05_grpo.ipynb #09c4ee2c
 @patch
-def _keep(self:RubricReward, step, asked, texts, scores, pay, rewards, rules):
+def _keep(self:RubricReward, step, asked, texts, scores, pay, rewards, failed, rules):
     "Every completion with its scores, completions/<step>.parquet"
     import pandas as pd
-    df = pd.DataFrame(dict(step=step, prompt_id=[p.id for p in asked], kind=[p.kind for p in asked], completion=texts, score=pay, reward=rewards, veto=rules))
+    df = pd.DataFrame(dict(step=step, prompt_id=[p.id for p in asked], kind=[p.kind for p in asked], completion=texts, score=pay, reward=rewards, vetoed=failed, rule=rules))
     df = pd.concat([df, scores.frame()], axis=1)
     write_parquet(self.run/'completions'/f'{step:06d}.parquet', df)
 
@@ -106,7 +107,7 @@ def resolve(config:TrainConfig)->TrainConfig: # No field left to the recipe
     fits = replace(r, micro_batch=math.gcd(r.micro_batch, config.completions_per_step))
     return config.model_copy(update={k: v for k,v in asdict(fits).items() if getattr(config, k) is None})
 
-# %% ../nbs/api/05_grpo.ipynb #ad01ccda
+# %% ../nbs/api/05_grpo.ipynb #3ff0e64b
 def grpo_args(config:TrainConfig, # Resolved
               folder, # Where checkpoints go
               spec, # Chat settings of the model
@@ -114,13 +115,16 @@ def grpo_args(config:TrainConfig, # Resolved
     "TRL's settings for a run"
     import torch
     from trl import GRPOConfig
-    cpu = not torch.cuda.is_available()
-    return GRPOConfig(output_dir=str(folder), max_steps=config.steps, learning_rate=config.lr, lr_scheduler_type='constant_with_warmup', warmup_steps=config.warmup_steps,
+    cpu,want = not torch.cuda.is_available(),dtype_name(config.dtype)
+    args = GRPOConfig(output_dir=str(folder), max_steps=config.steps, learning_rate=config.lr, lr_scheduler_type='constant_with_warmup', warmup_steps=config.warmup_steps,
         per_device_train_batch_size=config.micro_batch, gradient_accumulation_steps=config.completions_per_step//config.micro_batch, num_generations=config.group_size,
         max_completion_length=config.max_completion, temperature=config.temperature, top_p=1., top_k=0, chat_template_kwargs=dict(spec.chat),
         beta=config.beta, loss_type='dapo', epsilon=.2, epsilon_high=.2, mask_truncated_completions=True, scale_rewards='batch', num_iterations=1,
         seed=config.seed, data_seed=derive(config.seed, 'order')%2**16, logging_steps=1, save_steps=config.save_every, save_strategy='steps', report_to=[],
-        disable_tqdm=True, gradient_checkpointing=not cpu, bf16=not cpu and torch.cuda.is_bf16_supported(), use_cpu=cpu, remove_unused_columns=False, log_completions=False)
+        disable_tqdm=True, gradient_checkpointing=not cpu, bf16=not cpu and want=='bfloat16', fp16=not cpu and want=='float16', use_cpu=cpu,
+        remove_unused_columns=False, log_completions=False, logging_nan_inf_filter=False)
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 # %% ../nbs/api/05_grpo.ipynb #60e470d3
 def lora(config:TrainConfig):
@@ -128,7 +132,7 @@ def lora(config:TrainConfig):
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0., bias='none', target_modules='all-linear', task_type='CAUSAL_LM')
 
-# %% ../nbs/api/05_grpo.ipynb #2c0bc582
+# %% ../nbs/api/05_grpo.ipynb #acb69a8a
 def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the run's identity
     "Everything that can be refused before weights are loaded"
     config = resolve(config)
@@ -141,20 +145,33 @@ def check_run(config:TrainConfig)->dict: # arm, rubric, prompts, spec and the ru
     if len(prompts) < groups: raise UserError(f"prompts: found {len(prompts)} to train on, allowed: at least {groups}, one for each group of a step")
     spec = check_model(config.model, config.revision, config.trust_remote_code)
     skip = ('runs','replace')
-    identity = dict(config={k:v for k,v in config.model_dump().items() if k not in skip}, weights=model_id(spec), rubric=rubric.hash, arm_data=content_hash(arm.model_dump()),
+    identity = dict(config={k:v for k,v in config.model_dump().items() if k not in skip}, dtype=dtype_name(config.dtype), weights=model_id(spec), rubric=rubric.hash, arm_data=content_hash(arm.model_dump()),
                     prompts=content_hash([p.model_dump() for p in prompts]), judge_prompt=content_hash(judge_prompt()))
     return dict(config=config, arm=arm, rubric=rubric, prompts=prompts, spec=spec, identity=identity)
 
-# %% ../nbs/api/05_grpo.ipynb #303969e3
+# %% ../nbs/api/05_grpo.ipynb #268e2e2f
+def check_tokens(checked:dict)->None:
+    "Refuse prompts and rubrics that do not fit, and scores that are not single tokens"
+    config,spec,prompts = checked['config'],checked['spec'],checked['prompts']
+    tok,context = load_tokenizer(spec),context_of(spec)
+    room = context-config.max_completion
+    long = [p.id for p in prompts if len(prompt_ids(tok, p.chat, spec)) > room]
+    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:5])}")
+    for rubric in (checked['rubric'], Rubric.load('hmx-feel')):
+        P = Pieces(tok, spec, rubric)
+        need = len(P.head) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion + max(map(len, P.queries))
+        if need > context: raise UserError(f"rubric: {rubric.name}, the longest prompt and an answer take {need} of the model's {context} tokens; shorten the rubric or lower max_completion")
+
+# %% ../nbs/api/05_grpo.ipynb #8be340e5
 def open_run(checked:dict)->Run:
     "The folder of a run that may begin"
     config = checked['config']
     return Run.create(config.root, config.model, checked['arm'].name, config.seed, checked['identity'], replace=config.replace)
 
-# %% ../nbs/api/05_grpo.ipynb #10375dec
+# %% ../nbs/api/05_grpo.ipynb #3536f2b7
 _CLOCK = ('time','runtime','per_second','epoch','flos')
 
-# %% ../nbs/api/05_grpo.ipynb #d489f713
+# %% ../nbs/api/05_grpo.ipynb #c9291b26
 def _row(logs:dict, reward:RubricReward, step:int)->tuple[dict,dict]:
     "One step's metrics and timings"
     number = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
@@ -163,7 +180,7 @@ def _row(logs:dict, reward:RubricReward, step:int)->tuple[dict,dict]:
     rest = dict(reward.last); criteria = rest.pop('criteria', {})
     return dict(step=step, **keep, **rest, **criteria), dict(step=step, **times)
 
-# %% ../nbs/api/05_grpo.ipynb #c2850002
+# %% ../nbs/api/05_grpo.ipynb #58c8961d
 def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:DriftLedger, bar):
     "Seeds, metrics, ledger, progress, stop rules"
     import torch
@@ -177,7 +194,7 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             row,times = _row(logs, reward, state.global_step)
             run.append('metrics.jsonl', row); run.append('timings.jsonl', dict(times, seconds=time.perf_counter()-self.began))
             self.missing.append(row['missing'])
-            if row['loss'] is None: self.stopped,control.should_training_stop = f"loss is not a number at step {state.global_step}",True
+            if row['loss'] is None or row.get('grad_norm', 0) is None: self.stopped,control.should_training_stop = f"loss or gradient is not a number at step {state.global_step}",True
             if len(self.missing)>=20 and min(self.missing[-20:]) > config.max_missing:
                 self.stopped,control.should_training_stop = f"more than {config.max_missing:.0%} of the scores were missing for 20 steps, up to step {state.global_step}",True
             bar.update(1); bar.set_postfix(score=row['score'] and f"{row['score']:.2f}", length=f"{row.get('completions/mean_length', 0):.0f}")
@@ -185,12 +202,12 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             if state.global_step%config.probe_every==0 or state.global_step==config.steps: ledger_look(run, ledger, state.global_step)
     return Watch()
 
-# %% ../nbs/api/05_grpo.ipynb #9ff5ab7a
+# %% ../nbs/api/05_grpo.ipynb #47d6b1ba
 def ledger_look(run:Run, ledger:DriftLedger, step:int)->None:
     "Let the ledger look and add its summary to drift.jsonl"
     run.append('drift.jsonl', ledger_summary(ledger.look(step), ledger.judges['base'].rubric))
 
-# %% ../nbs/api/05_grpo.ipynb #7a2c7c0a
+# %% ../nbs/api/05_grpo.ipynb #9a1557bb
 def quiet():
     "Silence by name the third-party messages that are expected here"
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
@@ -199,27 +216,19 @@ def quiet():
         def filter(self, r): return 'All reward functions returned None' not in r.getMessage() and 'tokenizer has new PAD/BOS/EOS' not in r.getMessage()
     for name in ('trl.trainer.grpo_trainer','accelerate','transformers.trainer'): logging.getLogger(name).addFilter(Expected())
 
-# %% ../nbs/api/05_grpo.ipynb #ba2ba074
+# %% ../nbs/api/05_grpo.ipynb #45df0120
 def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     "TRL's trainer with a fresh adapter"
     import torch
     from datasets import Dataset
     from trl import GRPOTrainer
     config = checked['config']
-    rows = [dict(prompt=p.chat, id=p.id, kind=p.kind) for p in checked['prompts']]
+    rows = [dict(prompt=turns(p.chat, policy.spec), id=p.id, kind=p.kind) for p in checked['prompts']]
     torch.manual_seed(derive(config.seed, 'lora'))
     return GRPOTrainer(model=policy.model, reward_funcs=reward, args=grpo_args(config, run/'checkpoints', policy.spec), train_dataset=Dataset.from_list(rows),
                        processing_class=policy.tokenizer, peft_config=lora(config))
 
-# %% ../nbs/api/05_grpo.ipynb #0c216581
-def check_lengths(policy:Policy, checked:dict)->None:
-    "Refuse prompts that leave no room for an answer"
-    config = checked['config']
-    room = policy.context - config.max_completion
-    long = [p.id for p in checked['prompts'] if len(prompt_ids(policy.tokenizer, p.chat, policy.spec)) > room]
-    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:5])}")
-
-# %% ../nbs/api/05_grpo.ipynb #2a88edf0
+# %% ../nbs/api/05_grpo.ipynb #f01f25af
 def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     "Settings as asked, as resolved, and as the trainer holds them"
     names = ('learning_rate','max_steps','warmup_steps','lr_scheduler_type','per_device_train_batch_size','gradient_accumulation_steps','num_generations','steps_per_generation','max_completion_length',
@@ -227,23 +236,29 @@ def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args)->dict:
     plain = lambda v: v if isinstance(v, (int,float,str,bool,type(None))) else str(getattr(v, 'value', v))
     return dict(asked=asked.changed(), resolved=config.model_dump(), trainer={n: plain(getattr(args, n)) for n in names})
 
-# %% ../nbs/api/05_grpo.ipynb #ef33d175
+# %% ../nbs/api/05_grpo.ipynb #ca4c3e25
 def train(asked:TrainConfig, # What was asked for
          )->Run: # The finished run
     "Train one arm of one model with one seed"
+    checked = check_run(asked); check_tokens(checked)
+    run = open_run(checked)
+    with run.lock(): return _train(asked, checked, run.clear())
+
+# %% ../nbs/api/05_grpo.ipynb #15cb9a8a
+def _train(asked, checked, run)->Run:
+    "The run itself, in a folder that is ours"
     import torch
     from tqdm import tqdm
     from transformers.trainer_callback import PrinterCallback
-    checked = check_run(asked); config = checked['config']; run = open_run(checked)
-    run.clear()
+    config = checked['config']
     torch.set_num_threads(config.threads); quiet()
     policy = load_policy(config.model, config.dtype, config.revision, config.trust_remote_code)
-    check_lengths(policy, checked)
     run.write_json('env.json', environment())
     reward = RubricReward(checked['arm'], checked['rubric'], checked['prompts'], config, run)
     trainer = make_trainer(policy, checked, reward, run)
     run.update_json('config.json', dict(asked_and_resolved(config, asked, trainer.args), rubric=checked['rubric'].model_dump(), arm_data=checked['arm'].model_dump()))
     adapted = Policy(trainer.model, policy.tokenizer, policy.spec); reward.bind(adapted)
+    check_judge(adapted, checked['rubric'], checked['prompts'][0])
     ledger = DriftLedger(adapted, Rubric.load('hmx-feel'), run.path, derive(config.seed, 'probe'), config.max_completion, config.min_mass)
     ledger_look(run, ledger, 0)
     with tqdm(total=config.steps, desc=f"{checked['arm'].name} seed {config.seed}", unit='step', mininterval=1) as bar:
@@ -253,14 +268,14 @@ def train(asked:TrainConfig, # What was asked for
     trainer.model.save_pretrained(str(run/'adapter'))
     return run.finish(_result(run, checked))
 
-# %% ../nbs/api/05_grpo.ipynb #f4b9a220
+# %% ../nbs/api/05_grpo.ipynb #12fa5811
 def _result(run, checked)->dict:
     "The run in a few numbers"
     m = run.metrics(); last = m.tail(max(len(m)//5, 1))
     return dict(arm=checked['arm'].name, steps=len(m), score_first=float(m.score.iloc[0]), score_last_fifth=float(last.score.mean()),
                 missing=float(m.missing.mean()), vetoed=float(m.vetoed.mean()), rubric=checked['rubric'].hash)
 
-# %% ../nbs/api/05_grpo.ipynb #9a8d29b4
+# %% ../nbs/api/05_grpo.ipynb #6e1cf56c
 def samples(run:Run, # A finished run
             n:int=4, # How many prompts
             seed:int=0, # Which ones: drawn, never picked
@@ -274,7 +289,7 @@ def samples(run:Run, # A finished run
     prompts = {p.id: p for p in load_prompts('hmx-feel', split='probe')}
     return pd.DataFrame(dict(prompt=[prompts[i].text for i in ids], before=first.loc[ids, 'answer'].tolist(), after=last.loc[ids, 'answer'].tolist()), index=ids)
 
-# %% ../nbs/api/05_grpo.ipynb #179a9e11
+# %% ../nbs/api/05_grpo.ipynb #8cabfa3c
 def settings_table(run:Run): # One row per setting: asked, resolved, trainer
     "What was asked for, what it came to, and what the trainer held"
     import pandas as pd

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'fence', 'Pieces', 'label_ids', 'Row', 'pack', 'visible',
-           'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'load_labelled', 'calibrate']
+           'batch_rows', 'read_head', 'score_logits', 'Scores', 'read_scores', 'Judge', 'check_judge', 'load_labelled',
+           'calibrate']
 
-# %% ../nbs/api/03_judge.ipynb #39c3d03d
+# %% ../nbs/api/03_judge.ipynb #6a3b7ee7
 import numpy as np,re,yaml
 from contextlib import nullcontext
 from dataclasses import dataclass
 from .runs import UserError,JudgeConfig,Run,data_path,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Criterion,load_prompts
-from .policy import Policy,as_base,check_model,load_policy,looking,frame,model_id,plain_ids
+from .policy import Policy,as_base,check_model,dtype_name,load_policy,looking,frame,model_id,plain_ids
 from fastcore.basics import patch
 
 # %% ../nbs/api/03_judge.ipynb #987841f7
@@ -131,7 +132,7 @@ def batch_rows(rows:list[Row], # Packed rows
     t = lambda x: torch.from_numpy(x).to(device)
     return dict(input_ids=t(ids), position_ids=t(pos), attention_mask=mask)
 
-# %% ../nbs/api/03_judge.ipynb #9aff7eb7
+# %% ../nbs/api/03_judge.ipynb #d3a00789
 def read_head(net, # Causal language model
               ids:list[int], # Token ids of the head
              )->list: # Keys and values of every layer, each (1, heads, H, dim)
@@ -139,9 +140,9 @@ def read_head(net, # Causal language model
     import torch
     from transformers import DynamicCache
     cache = DynamicCache()
-    device = next(net.parameters()).device
-    ids = torch.tensor([ids], device=device)
-    net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    core = net.get_base_model() if hasattr(net, 'get_base_model') else net
+    ids = torch.tensor([ids], device=next(core.parameters()).device)
+    core(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(l.keys, l.values) for l in cache.layers]
 
 # %% ../nbs/api/03_judge.ipynb #19c39793
@@ -258,7 +259,41 @@ def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form 
                 logps[idx] = torch.log_softmax(logit, -1)[..., self.pieces.labels].cpu().numpy()
     return Scores(ids, *read_scores(logps, self.rubric.scale, self.min_mass), cuts)
 
-# %% ../nbs/api/03_judge.ipynb #acec9836
+# %% ../nbs/api/03_judge.ipynb #1730f4a1
+def check_judge(policy:Policy, rubric:Rubric, prompt, # A prompt to try it on
+                answer:str='It is a short reply.', # An answer to try it on
+               )->None:
+    "Refuse a model whose packed scores differ from plain ones, or whose base judge sees the adapter"
+    import torch
+    net = policy.model; core = net.get_base_model() if hasattr(net, 'get_base_model') else net
+    if not (hasattr(core, 'model') and hasattr(core, 'lm_head')): raise UserError(f"model: {type(core).__name__} cannot judge: found no model and lm_head in it, allowed: decoder-only causal language models")
+    look = lambda identity: Judge(policy, rubric, identity, min_mass=0).score([prompt], [answer])
+    first,P = look('base'),Pieces(policy.tokenizer, policy.spec, rubric)
+    with looking(net), as_base(net):
+        ids = torch.tensor([P.head + P.question(prompt.chat) + P.answer(answer)[0] + P.queries[0]], device=policy.device)
+        whole = torch.softmax(core(input_ids=ids, logits_to_keep=1).logits[0,-1].float(), -1)[P.labels].cpu().numpy()
+    value = read_scores(np.log(whole), rubric.scale, 0)[0]
+    tolerance = .05 if next(core.parameters()).dtype != torch.float32 else 1e-3
+    if abs(value-first.value[0,0]) > tolerance: raise UserError(f"model: {type(core).__name__} scores {first.value[0,0]:.4f} packed and {value:.4f} whole; its architecture is not one the judge knows")
+    if policy.adapted: _check_adapter(policy, first.value, look)
+
+# %% ../nbs/api/03_judge.ipynb #cfad83ee
+def _check_adapter(policy, before, look):
+    "Disturb the adapter and put it back: base must not notice, live must"
+    import torch
+    loras = [w for n,w in policy.model.named_parameters() if 'lora_B' in n]; kept = [w.detach().clone() for w in loras]
+    g = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for w in loras: w.add_(.05*torch.randn(w.shape, generator=g).to(w))
+        base,live = look('base').value,look('live').value
+    finally:
+        with torch.no_grad():
+            for w,k in zip(loras, kept, strict=True): w.copy_(k)
+    if not np.array_equal(base, before, equal_nan=True): raise UserError("judge: the base judge's scores moved when the adapter was disturbed; it does not judge with the untrained weights")
+    if np.array_equal(live, before, equal_nan=True): raise UserError("judge: the live judge's scores did not move when the adapter was disturbed; the adapter has no effect")
+
+# %% ../nbs/api/03_judge.ipynb #20bd3b77
 def load_labelled(path, # JSONL file
                   rubric:Rubric, # Whose criteria are labelled
                  )->tuple[list,list,list]: # Prompts, answers, labels
@@ -279,7 +314,7 @@ def load_labelled(path, # JSONL file
         prompts.append(p); answers.append(row['answer']); labels.append(row['labels'])
     return prompts,answers,labels
 
-# %% ../nbs/api/03_judge.ipynb #91e2c534
+# %% ../nbs/api/03_judge.ipynb #dcc8c055
 def calibrate(config:JudgeConfig, # What to calibrate
              )->tuple: # Run, known labels, labels given, scores: three tables with one column per criterion
     "Score labelled answers with the base judge of a model"
@@ -288,7 +323,7 @@ def calibrate(config:JudgeConfig, # What to calibrate
     path = data_path('tiny','labelled') if not config.answers and config.model=='tiny' else data_path('prompts', config.answers or 'probe_answers')
     prompts,answers,labels = load_labelled(path, rubric)
     spec = check_model(config.model, config.revision, config.trust_remote_code)
-    identity = dict(weights=model_id(spec), rubric=rubric.hash, answers=content_hash([answers, labels]), judge_prompt=content_hash(judge_prompt()), min_mass=config.min_mass, threads=config.threads, dtype=config.dtype, revision=config.revision)
+    identity = dict(weights=model_id(spec), rubric=rubric.hash, answers=content_hash([answers, labels]), judge_prompt=content_hash(judge_prompt()), min_mass=config.min_mass, threads=config.threads, dtype=dtype_name(config.dtype))
     run = Run.create(config.root, config.model, 'judge', 0, identity, replace=config.replace).clear()
     torch.set_num_threads(config.threads)
     s = Judge(load_policy(config.model, config.dtype, config.revision, config.trust_remote_code), rubric, min_mass=config.min_mass).score(prompts, answers)

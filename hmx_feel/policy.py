@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'RECIPES', 'Spec', 'Recipe', 'recipe', 'tiny_folder', 'check_model', 'model_id', 'pick_dtype', 'Policy',
-           'load_policy', 'put_adapter', 'as_base', 'looking', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
+           'dtype_name', 'turn_end', 'load_tokenizer', 'context_of', 'load_policy', 'put_adapter', 'as_base', 'looking',
+           'turns', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
 
 # %% ../nbs/api/02_policy.ipynb #4ef91606
 import hashlib,json,re
@@ -26,9 +27,10 @@ class Spec:
     revision:str='' # Hub revision asked for, '' for the newest
     trust_remote_code:bool=False # Whether code from the model's repository may run
 
-# %% ../nbs/api/02_policy.ipynb #6414b8d1
+# %% ../nbs/api/02_policy.ipynb #5ca0d372
 FAMILIES = {'qwen3': dict(chat={'enable_thinking': False}),
-            'gemma2': dict(attn='eager', system=False)}
+            'gemma2': dict(attn='eager', system=False),
+            'llama': dict(chat={'date_string': '26 Jul 2024'})}
 
 # %% ../nbs/api/02_policy.ipynb #ba4f0bad
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Recipe:
     probe_every:int=20 # Steps between two looks at the probe set
     save_every:int=20 # Steps between two checkpoints
 
-# %% ../nbs/api/02_policy.ipynb #7ee5695d
-RECIPES = {'tiny': Recipe(steps=40, lr=1e-3, max_completion=160, micro_batch=64, warmup_steps=2, probe_every=20, save_every=20)}
+# %% ../nbs/api/02_policy.ipynb #c832943c
+RECIPES = {'tiny': Recipe(steps=20, lr=1e-3, max_completion=192, micro_batch=64, warmup_steps=2, probe_every=10, save_every=10)}
 
 # %% ../nbs/api/02_policy.ipynb #87df8b31
 def recipe(model:str, # Name, hub id or folder
@@ -131,7 +133,7 @@ def check_model(name:str, # One of `MODELS`, a hub id `owner/name`, or a local f
         raise UserError(f"model: no folder and no known name {name!r}{nearest(name, MODELS)}; known names: {', '.join(MODELS)}; a hub id looks like owner/name")
     return _spec(name, hub_id, False, _check_hub(hub_id, name, revision), **kw)
 
-# %% ../nbs/api/02_policy.ipynb #f674da24
+# %% ../nbs/api/02_policy.ipynb #a5914cd3
 def model_id(spec:Spec, # From `check_model`
             )->str: # `sha256:...` of a folder's files, or a hub commit
     "What a model is, whatever it is called"
@@ -139,7 +141,7 @@ def model_id(spec:Spec, # From `check_model`
         from huggingface_hub import try_to_load_from_cache
         found = try_to_load_from_cache(spec.source, 'config.json', revision=spec.revision or None)
         return Path(found).parent.name if isinstance(found, str) else spec.revision
-    files = [f for p in ('*.safetensors','*.json','*.jinja') for f in sorted(Path(spec.source).glob(p))]
+    files = [f for p in ('*.safetensors','*.json','*.jinja','*.txt','*.model') for f in sorted(Path(spec.source).glob(p))]
     total = hashlib.sha256()
     for f in files:
         with open(f, 'rb') as h: total.update(f'{f.name} {hashlib.file_digest(h, "sha256").hexdigest()}\n'.encode())
@@ -156,12 +158,11 @@ def pick_dtype(asked:str='auto', # auto, float32, bfloat16 or float16
     if not torch.cuda.is_available(): return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
-# %% ../nbs/api/02_policy.ipynb #a32d30e1
+# %% ../nbs/api/02_policy.ipynb #1f1c45e6
 class Policy:
     "A loaded model with its tokenizer: what is trained, what judges, what is measured"
     def __init__(self, model, tokenizer, spec):
         self.model,self.tokenizer,self.spec = model,tokenizer,spec
-        if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     @property
     def device(self): return next(self.model.parameters()).device
     @property
@@ -169,7 +170,42 @@ class Policy:
     @property
     def context(self): return getattr(self.model.config, 'max_position_embeddings', 2048)
 
-# %% ../nbs/api/02_policy.ipynb #899e400d
+# %% ../nbs/api/02_policy.ipynb #4ff2d466
+def dtype_name(asked:str='auto')->str: # float32, bfloat16 or float16
+    "The name of the type that the weights get here"
+    return str(pick_dtype(asked)).removeprefix('torch.')
+
+# %% ../nbs/api/02_policy.ipynb #14efa9a9
+def _source(spec:Spec)->dict: # Arguments of from_pretrained
+    kw = dict(trust_remote_code=spec.trust_remote_code)
+    return kw if spec.local else dict(kw, revision=model_id(spec) or spec.revision or None)
+
+# %% ../nbs/api/02_policy.ipynb #c478d21a
+def turn_end(tok, spec:Spec, stops:list[int])->str: # The token that closes an answer
+    "The first of a model's stop tokens that the chat template writes after an answer; the tokenizer's own where there is none"
+    chat = [dict(role='user', content='a'), dict(role='assistant', content='HMXMARK')]
+    after = tok.apply_chat_template(chat, tokenize=False, **spec.chat).split('HMXMARK')[-1]
+    ends = [i for i in tok(after, add_special_tokens=False)['input_ids'] if i in stops]
+    return tok.convert_ids_to_tokens(ends[0]) if ends else tok.eos_token
+
+# %% ../nbs/api/02_policy.ipynb #801f9c9b
+def load_tokenizer(spec:Spec): # Tokenizer whose end token closes a turn
+    "The tokenizer of a model, without its weights"
+    from transformers import AutoTokenizer,GenerationConfig
+    tok = AutoTokenizer.from_pretrained(spec.source, **_source(spec))
+    try: stops = GenerationConfig.from_pretrained(spec.source, **{k:v for k,v in _source(spec).items() if k=='revision'}).eos_token_id
+    except OSError: stops = None
+    tok.eos_token = turn_end(tok, spec, stops if isinstance(stops, list) else [stops])
+    if tok.pad_token_id is None: tok.pad_token = tok.eos_token
+    return tok
+
+# %% ../nbs/api/02_policy.ipynb #53f844dc
+def context_of(spec:Spec)->int: # Tokens
+    "How long a text the model can read, from its configuration"
+    from transformers import AutoConfig
+    return getattr(AutoConfig.from_pretrained(spec.source, **_source(spec)), 'max_position_embeddings', 2048)
+
+# %% ../nbs/api/02_policy.ipynb #423dee74
 def load_policy(model:str='tiny', # Name, hub id or folder
                 dtype:str='auto', # auto, float32, bfloat16 or float16
                 revision:str='', # Hub revision, '' for the newest
@@ -178,16 +214,16 @@ def load_policy(model:str='tiny', # Name, hub id or folder
                )->Policy: # In evaluation mode, on the GPU where there is one
     "Load a model that has passed `check_model`"
     import torch
-    from transformers import AutoModelForCausalLM,AutoTokenizer
+    from transformers import AutoModelForCausalLM
     spec = check_model(model, revision, trust_remote_code)
-    kw = dict(revision=revision or None, trust_remote_code=trust_remote_code) if not spec.local else {}
-    tok = AutoTokenizer.from_pretrained(spec.source, **kw)
-    net = AutoModelForCausalLM.from_pretrained(spec.source, dtype=pick_dtype(dtype), attn_implementation=spec.attn, use_safetensors=True, **kw)
+    tok = load_tokenizer(spec)
+    try: net = AutoModelForCausalLM.from_pretrained(spec.source, dtype=pick_dtype(dtype), attn_implementation=spec.attn, use_safetensors=True, **_source(spec))
+    except OSError as e: raise UserError(f"model: the weights of {spec.source} cannot be read ({str(e).splitlines()[0]}); download them whole, or pass a local folder") from None
     if torch.cuda.is_available(): net = net.cuda()
     policy = Policy(net.eval(), tok, spec)
     return policy if adapter is None else put_adapter(policy, adapter)
 
-# %% ../nbs/api/02_policy.ipynb #92fb71ee
+# %% ../nbs/api/02_policy.ipynb #31f9fddc
 def put_adapter(policy:Policy, # A policy without adapter
                 folder:str|Path, # Folder that holds adapter_config.json and adapter_model.safetensors
                )->Policy: # The same weights with the adapter on top
@@ -197,13 +233,13 @@ def put_adapter(policy:Policy, # A policy without adapter
     if not (folder/'adapter_model.safetensors').exists(): raise UserError(f"run: {folder} holds no adapter_model.safetensors")
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)).eval(), policy.tokenizer, policy.spec)
 
-# %% ../nbs/api/02_policy.ipynb #6d126d8d
+# %% ../nbs/api/02_policy.ipynb #2e32f81d
 @contextmanager
 def as_base(model):
     "Inside the block the adapter is off and the untrained model answers; without an adapter nothing changes"
     with (model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()): yield model
 
-# %% ../nbs/api/02_policy.ipynb #35e56f0a
+# %% ../nbs/api/02_policy.ipynb #de4662c8
 @contextmanager
 def looking(model):
     "Evaluation mode, no gradients, adapter and random state put back as found: for judging and probing"
@@ -215,18 +251,23 @@ def looking(model):
         try: yield model
         finally: model.train(was)
 
-# %% ../nbs/api/02_policy.ipynb #08f8832b
+# %% ../nbs/api/02_policy.ipynb #2a64db26
+def turns(messages:list, # Chat turns, dicts with role and content
+          spec:Spec, # Chat settings of the family
+         )->list: # Turns that the family's template accepts
+    "A system text goes into the user turn where there is no system role"
+    if spec.system or messages[0]['role']!='system': return messages
+    return [dict(messages[1], content=f"{messages[0]['content']}\n\n{messages[1]['content']}"), *messages[2:]]
+
+# %% ../nbs/api/02_policy.ipynb #17c8c366
 def render(tokenizer, # Tokenizer with a chat template
            messages:list, # Chat turns, dicts with role and content
            spec:Spec, # Chat settings of the family
           )->str: # The prompt up to the place where the answer begins
-    "Chat turns as the text that the model reads; a system text goes into the user turn where there is no system role"
-    if not spec.system and messages[0]['role']=='system':
-        first = dict(messages[1], content=f"{messages[0]['content']}\n\n{messages[1]['content']}")
-        messages = [first, *messages[2:]]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **spec.chat)
+    "Chat turns as the text that the model reads"
+    return tokenizer.apply_chat_template(turns(messages, spec), tokenize=False, add_generation_prompt=True, **spec.chat)
 
-# %% ../nbs/api/02_policy.ipynb #66c801f8
+# %% ../nbs/api/02_policy.ipynb #d6efda2e
 def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the content of a single user turn
     "What the chat template puts around one user message"
     mark = 'HMXMARK'
@@ -235,17 +276,17 @@ def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the con
     before,after = text.split(mark)
     return before,after
 
-# %% ../nbs/api/02_policy.ipynb #c29071f0
+# %% ../nbs/api/02_policy.ipynb #339e8bc7
 def plain_ids(tokenizer, text:str)->list[int]: # Token ids
     "Tokens of a text that comes from outside: control tokens of the chat template inside it stay ordinary text"
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #7c3e8890
+# %% ../nbs/api/02_policy.ipynb #c1d15168
 def prompt_ids(tokenizer, messages:list, spec:Spec)->list[int]: # Token ids of the prompt
     "Tokens of a chat up to the place where the answer begins"
     return tokenizer(render(tokenizer, messages, spec), add_special_tokens=False)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #c630db58
+# %% ../nbs/api/02_policy.ipynb #d606f5aa
 def generate(policy:Policy, # Who answers
              chats:list, # Chats, each a list of messages
              n:int=1, # Answers for each chat
@@ -263,6 +304,6 @@ def generate(policy:Policy, # Who answers
         for i in range(0, len(rows), batch_size):
             batch = tok.pad({'input_ids': rows[i:i+batch_size]}, padding_side='left', return_tensors='pt').to(policy.device)
             how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
-            ids = net.generate(**batch, max_new_tokens=max_new, pad_token_id=tok.pad_token_id, **how)
+            ids = net.generate(**batch, max_new_tokens=max_new, pad_token_id=tok.pad_token_id, repetition_penalty=1., **how)
             out += tok.batch_decode(ids[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)
     return [[a.strip() for a in out[i*n:(i+1)*n]] for i in range(len(chats))]

@@ -8,9 +8,10 @@ __all__ = ['MODELS', 'SCHEMA', 'UNSEEDED', 'UserError', 'nearest', 'explain', 's
            'check_schema', 'write_bytes', 'write_text', 'write_json', 'read_json', 'content_hash', 'write_parquet',
            'read_parquet', 'append_jsonl', 'numbered_rows', 'read_jsonl', 'run_path', 'Run', 'find_runs', 'environment']
 
-# %% ../nbs/api/00_runs.ipynb #9cb306ca
+# %% ../nbs/api/00_runs.ipynb #cb28885a
 import difflib,fcntl,hashlib,json,os,platform,re,shutil,subprocess,sys,types,typing
 from importlib import metadata
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -206,14 +207,13 @@ class TrainConfig(BaseConfig):
             raise ValueError(f"micro_batch: found {self.micro_batch}, allowed: a divisor of completions_per_step ({self.completions_per_step})")
         return self
 
-# %% ../nbs/api/00_runs.ipynb #ad630a3d
+# %% ../nbs/api/00_runs.ipynb #586f0b91
 class JudgeConfig(BaseConfig):
     "One calibration of a judge"
     model:str = _MODEL
     rubric:str = Field('hmx-feel', min_length=1, description="rubric: a shipped name or a file")
     answers:str = Field('', description="JSONL file of labelled answers; empty: the shipped ones")
     min_mass:float = _MASS
-    seed:int = _SEED
     threads:int = _THREADS
     dtype:_Dtype = _DTYPE
     revision:str = _REVISION
@@ -460,7 +460,7 @@ def _from_path(path, # A run's folder
     if not m or (m[1] is None) != (path.parent.name in UNSEEDED): return None
     return dict(model_slug=path.parent.parent.name, arm=path.parent.name, seed=int(m[1] or 0), id8=m[2])
 
-# %% ../nbs/api/00_runs.ipynb #e0740125
+# %% ../nbs/api/00_runs.ipynb #a95deab3
 class Run:
     "A run folder"
     def __init__(self, path):
@@ -497,8 +497,18 @@ class Run:
         "Empty the folder but for config.json: start this run anew"
         if not (self.id8 and (self.path/'config.json').is_file()): raise UserError(f"{self.path}: found no run, allowed: a run folder")
         for p in self.path.iterdir():
-            if p.name != 'config.json': shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+            if p.name not in ('config.json','.lock'): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         return self
+
+    @contextmanager
+    def lock(self):
+        "Hold the run: until the block or the process ends, nobody else can"
+        with open(self.path/'.lock', 'a+') as f:
+            try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError:
+                f.seek(0); raise UserError(f"{self.path} is being run by process {f.read().strip() or 'unknown'}; wait for it, or stop it") from None
+            f.truncate(0); f.write(str(os.getpid())); f.flush()
+            yield self
 
     def finish(self, result:dict):
         "Write result.json as the last file and add the run to the index"

@@ -35,10 +35,11 @@ class Part:
     level:int # 1 to 5 for criteria, else 0
     text:str # The sentence
 
-# %% ../nbs/api/09_tiny.ipynb #6ea81a69
-def fill(rng, text:str, topic:str, P:dict)->str: # The sentence
-    "A sentence with its topic and its pair of states"
+# %% ../nbs/api/09_tiny.ipynb #c58d4dee
+def fill(rng, text:str, topic:str, P:dict, this:float=.2)->str: # The sentence
+    "A sentence with its topic, or now and then with `this` in its place, and its pair of states"
     a,b = rng.choice(P['states'])
+    if rng.random() < this: topic = 'this'
     return text.replace('{topic}', topic).replace('{a}', a).replace('{b}', b)
 
 # %% ../nbs/api/09_tiny.ipynb #4c238397
@@ -104,19 +105,19 @@ def draw_prompt(rng, known:list, invented:float=.5)->tuple: # kind, topic, messa
     kind,topic,text = made_up(rng, vocabulary())
     return kind, topic, [dict(role='user', content=text)]
 
-# %% ../nbs/api/09_tiny.ipynb #a853412e
+# %% ../nbs/api/09_tiny.ipynb #acbda0b5
 def help_parts(rng, kind, topic, P, n)->list[Part]:
     "Useful sentences for a kind of prompt, silent about the writer"
     k = kind.split('.')[0]
     own = P['help']['ask' if k in ('ask','ref','pressed') else k if k in P['help'] else 'plain']
-    return [Part('help', 0, fill(rng, t, topic, P)) for t in rng.sample(own+P['help']['any'], n)]
+    return [Part('help', 0, fill(rng, t, topic, P, this=.4)) for t in rng.sample(own+P['help']['any'], n)]
 
-# %% ../nbs/api/09_tiny.ipynb #55dfc360
-def expressive(rng, kind, topic, P, who='writer', p_more:float=.62)->list[Part]:
+# %% ../nbs/api/09_tiny.ipynb #ae1d6abb
+def expressive(rng, kind, topic, P, who='writer', p_more:float=.7)->list[Part]:
     "An answer that speaks of the writer (or of the asker) on some of the nine criteria"
     ids = [i for i in P[who] if rng.random() < p_more] or [rng.choice(list(P[who]))]
     dims = sorted({i.split('.')[0] for i in ids}, key=lambda d: rng.random())
-    level = lambda: rng.choices(LEVELS, [.06,.3,.06,.58])[0]
+    level = lambda: rng.choices(LEVELS, [.04,.32,.04,.6])[0]
     out = [criterion_part(rng, i, level(), topic, P, who) for d in dims for i in ids if i.startswith(d+'.')]
     return help_parts(rng, kind, topic, P, 1)*(rng.random()<.4) + out
 
@@ -135,8 +136,8 @@ def neutral(rng, kind, topic, P)->list[Part]:
     if rng.random()<.06: out.append(Part('open', 0, rng.choice(P['open'])))
     return out
 
-# %% ../nbs/api/09_tiny.ipynb #82739f05
-STYLES = dict(expressive=.26, denying=.22, neutral=.52)
+# %% ../nbs/api/09_tiny.ipynb #1f6a3160
+STYLES = dict(expressive=.32, denying=.2, neutral=.48)
 def answer_parts(rng, kind, topic, P)->list[Part]:
     "One answer as tiny would give it before training"
     style = rng.choices(list(STYLES), list(STYLES.values()))[0]
@@ -378,9 +379,9 @@ def learning_rate(step:int, steps:int, top:float=4e-3, warm:int=50)->float:
     "Linear warm-up, then a cosine down to 2 % of the top"
     return top*min((step+1)/warm, .02+.98*.5*(1+math.cos(math.pi*step/steps)))
 
-# %% ../nbs/api/09_tiny.ipynb #304a83ac
+# %% ../nbs/api/09_tiny.ipynb #0706dd95
 def train_tiny(tok, # Its tokenizer
-               steps:int=1700, # Optimiser steps
+               steps:int=1900, # Optimiser steps
                seed:int=0, # Seed of weights and text
                log=print, # Called with a line now and then
               ):
@@ -491,9 +492,9 @@ def card(report:dict)->str: # Markdown
     panel = '\n'.join(f"| own panel: {t}, accuracy (chance 0.333) | {a:.3f} |" for t,a in report['panel'].items())
     return CARD.format(n=report['parameters']/1e6, exam=report['exam_answers'], amin=report['judge_accuracy_min'], share=report['expressive_share'], mean=report['mean_score'], panel=panel)
 
-# %% ../nbs/api/09_tiny.ipynb #f6e55503
+# %% ../nbs/api/09_tiny.ipynb #0682fe3d
 def build(out=None, # Folder to build into; None = the package's own `tiny`
-          steps:int=1700, # Optimiser steps
+          steps:int=1900, # Optimiser steps
           seed:int=0, # Seed of weights and text
           threads:int=2, # Torch threads
          )->dict: # `tiny_report` of the build

@@ -1,21 +1,23 @@
 "Training: rewards of the arms, one real run on a stand-in, the same run twice"
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
-from hmx_feel.grpo import arm_rewards, check_run, samples, settings_table, train
-from hmx_feel.rubric import load_arm
+from hmx_feel.grpo import arm_rewards, check_run, open_run, samples, settings_table, train
+from hmx_feel.judge import check_judge
+from hmx_feel.policy import check_model, load_policy, load_tokenizer
+from hmx_feel.rubric import load_arm, load_prompts
 from hmx_feel.runs import Run, TrainConfig, UserError, read_parquet
 
-SMALL = dict(steps=3, max_completion=24, probe_every=3, completions_per_step=16, min_mass=0., save_every=3)
+SMALL = dict(steps=3, max_completion=96, probe_every=3, completions_per_step=16, save_every=3)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from standins import make_standin
-    return str(make_standin("qwen3", tmp_path_factory.mktemp("qwen3")))
+def model(): return "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +53,25 @@ def test_metrics_tell_score_from_reward(run):
     m = run.metrics()
     assert list(m.step) == [1, 2, 3]
     rows = pd.concat([read_parquet(p) for p in sorted((run / "completions").glob("*.parquet"))])
-    paid = rows[rows.veto == ""]
+    paid = rows[~rows.vetoed]
+    assert len(paid) > 24
     np.testing.assert_allclose(paid.reward, -paid.score)
     np.testing.assert_allclose(m.score, rows.groupby("step").score.mean(), atol=1e-6)
     assert not [c for c in m if "time" in c or "runtime" in c]
 
 
+def test_something_was_learned(run):
+    "Losses are not zero, most answers ended by themselves, the adapter has moved"
+    m = run.metrics()
+    assert (m.loss != 0).any() and m["completions/clipped_ratio"].lt(.5).all() and (m.grad_norm > 0).all()
+    moved = [w.abs().max() for n, w in load_file(run / "adapter" / "adapter_model.safetensors").items() if "lora_B" in n]
+    assert max(moved) > 1e-4
+
+
 def test_asked_and_resolved_stand_side_by_side(run):
     table = settings_table(run)
     assert table.loc["steps", ["asked", "resolved", "trainer"]].tolist() == ["3", "3", "3"]
-    assert table.loc["lr", "asked"] == "" and float(table.loc["lr", "resolved"]) == float(table.loc["lr", "trainer"]) == 1e-5
+    assert table.loc["lr", "asked"] == "" and float(table.loc["lr", "resolved"]) == float(table.loc["lr", "trainer"]) == 1e-3
     assert table.loc["mask_truncated_completions", "trainer"] == "True" and table.loc["scale_rewards", "trainer"] == "batch"
 
 
@@ -95,11 +106,45 @@ def test_a_finished_run_is_not_run_again(run, model):
 
 def test_a_run_that_lost_its_judge_stops(model, tmp_path):
     "Every score missing for 20 steps ends the run without a result"
-    config = TrainConfig(model=model, runs=str(tmp_path), **dict(SMALL, steps=25, max_completion=4, min_mass=.999, probe_every=25))
+    config = TrainConfig(model=model, runs=str(tmp_path), **dict(SMALL, steps=25, max_completion=4, min_mass=1., probe_every=25))
     with pytest.raises(UserError, match="were missing for 20 steps"): train(config)
     folder = next(tmp_path.glob("*/forward/*"))
     assert not Run.open(folder).finished and len((folder / "metrics.jsonl").read_text().splitlines()) == 20
     assert all(json.loads(line)["missing"] == 1 for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_one_run_is_trained_once_at_a_time(tmp_path):
+    checked = check_run(TrainConfig(runs=str(tmp_path)))
+    run = open_run(checked)
+    (run / "metrics.jsonl").write_text("{}\n")
+    with run.lock():
+        with pytest.raises(UserError, match="is being run by process"): train(TrainConfig(runs=str(tmp_path)))
+    assert (run / "metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), "longer than the"), (dict(max_completion=3500), "of the model's 4096 tokens")])
+def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, change, piece):
+    with pytest.raises(UserError, match=piece): train(TrainConfig(runs=str(tmp_path), **change))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("family", "end"), [("qwen3", "<|im_end|>"), ("gemma2", "<end_of_turn>"), ("llama", "<|eot_id|>")])
+def test_an_answer_ends_where_the_template_ends_a_turn(family, end, tmp_path):
+    from standins import make_standin
+    assert load_tokenizer(check_model(str(make_standin(family, tmp_path)))).eos_token == end
+
+
+def test_a_judge_that_sees_the_adapter_is_refused():
+    "check_judge notices an adapter that cannot be switched off"
+    from peft import LoraConfig, get_peft_model
+    policy = load_policy("tiny")
+    prompt, rubric = load_prompts("hmx-feel", split="probe")[0], load_arm("forward").load_rubric()
+    policy.model = get_peft_model(policy.model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    weights = {n: w.detach().clone() for n, w in policy.model.named_parameters()}
+    check_judge(policy, rubric, prompt)
+    assert all((weights[n] == w).all() for n, w in policy.model.named_parameters())
+    policy.model.disable_adapter = nullcontext
+    with pytest.raises(UserError, match="base judge's scores moved"): check_judge(policy, rubric, prompt)
 
 
 def test_nothing_is_written_for_a_refused_run(tmp_path):
