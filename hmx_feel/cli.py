@@ -112,17 +112,17 @@ def check_train(config)->None:
     run = finished_run(config, checked['arm'].name, checked['identity'])
     if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
 
-# %% ../nbs/api/11_cli.ipynb #7f666127
+# %% ../nbs/api/11_cli.ipynb #50611c7d
 def check_evaluate(config)->None:
     "Panel, benchmarks, place, a finished run to measure, and the model"
-    from hmx_feel.panel import find_run,load_panel
+    from hmx_feel.panel import find_run,load_panel,run_spec
     from hmx_feel.policy import check_model
     load_panel(config.panel)
     if config.benchmarks and not Path(config.benchmarks).expanduser().is_dir():
         raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
     check_writable(config.root)
-    if config.run or config.arm!='base': find_run(config)
-    check_model(config.model, config.revision, config.trust_remote_code)
+    if config.run or config.arm!='base': run_spec(find_run(config), config)
+    else: check_model(config.model, config.revision, config.trust_remote_code)
 
 # %% ../nbs/api/11_cli.ipynb #ec6a6a15
 def check_calibrate(config)->None:

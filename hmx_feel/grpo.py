@@ -7,12 +7,12 @@ __all__ = ['derive', 'shuffle_in_groups', 'apply_vetoes', 'arm_rewards', 'Rubric
            'check_run', 'check_tokens', 'open_run', 'make_callback', 'ledger_look', 'quiet', 'make_trainer',
            'asked_and_resolved', 'train', 'samples', 'settings_table']
 
-# %% ../nbs/api/05_grpo.ipynb #bf76c86b
+# %% ../nbs/api/05_grpo.ipynb #e8915d97
 import logging,math,time,warnings,zlib
 import numpy as np
 from dataclasses import asdict,replace
 from fastcore.basics import patch
-from .runs import UserError,TrainConfig,Run,content_hash,environment,nearest,write_parquet
+from .runs import UserError,TrainConfig,Run,clear_progress,content_hash,environment,nearest,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Policy,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
 from .judge import IDENTITIES,Judge,Pieces,check_judge,judge_prompt
@@ -244,7 +244,7 @@ def train(asked:TrainConfig, # What was asked for
     run = open_run(checked)
     with run.lock(): return _train(asked, checked, run.clear())
 
-# %% ../nbs/api/05_grpo.ipynb #15cb9a8a
+# %% ../nbs/api/05_grpo.ipynb #a4132053
 def _train(asked, checked, run)->Run:
     "The run itself, in a folder that is ours"
     import torch
@@ -264,6 +264,7 @@ def _train(asked, checked, run)->Run:
     with tqdm(total=config.steps, desc=f"{checked['arm'].name} seed {config.seed}", unit='step', mininterval=1) as bar:
         watch = make_callback(config, run, reward, ledger, bar)
         trainer.remove_callback(PrinterCallback); trainer.add_callback(watch); trainer.train()
+    clear_progress()
     if watch.stopped: raise UserError(f"{run.path}: stopped: {watch.stopped}")
     trainer.model.save_pretrained(str(run/'adapter'))
     return run.finish(_result(run, checked))

@@ -6,10 +6,10 @@
 __all__ = ['log', 'Direction', 'DATA', 'TRUTHFULQA_V0', 'MARK', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task',
            'load_panel', 'git_blob', 'Skipped', 'truthfulqa_docs', 'truthfulqa_v0', 'chat_text', 'letter_metrics',
            'shared_head', 'option_logprobs', 'PolicyLM', 'policy_lm', 'quiet', 'prepare', 'prompt_sha', 'sample_rows',
-           'run_lm_eval', 'seed_for', 'choose_prompts', 'expression', 'base_run', 'find_run', 'task_settings',
-           'write_manifest', 'evaluate', 'skipped', 'read_rows']
+           'run_lm_eval', 'seed_for', 'choose_prompts', 'expression', 'base_run', 'find_run', 'weights_of', 'run_spec',
+           'task_settings', 'write_manifest', 'evaluate', 'skipped', 'read_rows']
 
-# %% ../nbs/api/06_panel.ipynb #015ce693
+# %% ../nbs/api/06_panel.ipynb #19e13c03
 import csv,functools,gzip,hashlib,io,json,logging,os,shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +20,11 @@ import hmx_feel
 from .runs import (SCHEMA,UserError,Run,content_hash,data_names,data_path,environment,explain,find_runs,
                            nearest,read_parquet,write_parquet,write_text)
 from .rubric import Rubric,load_prompts,read_yaml
-from .policy import model_id,Policy,check_model,generate,load_policy,looking,recipe,render
+from .policy import Policy,Spec,check_model,dtype_name,generate,load_policy,looking,model_id,recipe,render
 from .judge import Judge,batch_rows,pack,read_head
 
-# %% ../nbs/api/06_panel.ipynb #733f5a1a
+# %% ../nbs/api/06_panel.ipynb #6343e20c
 log = logging.getLogger('hmx_feel')
-
-# %% ../nbs/api/06_panel.ipynb #622858e2
 Direction = Literal['higher','lower','toward_zero','descriptive']
 _OWN = ('rubric','prompts','split','kinds','max_new','seed')
 
@@ -62,7 +60,7 @@ class Task(BaseModel):
     @property
     def direction(self)->str: return self.metrics[self.main]
 
-# %% ../nbs/api/06_panel.ipynb #8ce22cdf
+# %% ../nbs/api/06_panel.ipynb #b049e2a5
 class Panel(BaseModel):
     "A list of tasks, run together"
     model_config = ConfigDict(extra='forbid')
@@ -88,7 +86,7 @@ class Panel(BaseModel):
         "What is better for a metric; what no panel mentions is descriptive"
         return self[task].metrics.get(metric, 'descriptive')
 
-# %% ../nbs/api/06_panel.ipynb #34e59289
+# %% ../nbs/api/06_panel.ipynb #6ef76745
 def tasks_folder()->Path: # Folder of our task files
     "Where our tasks lie"
     return Path(hmx_feel.__file__).parent/'tasks'
@@ -115,7 +113,7 @@ def find_task(name:str, # Name of a task
         raise UserError(f"task: found {name!r}, allowed: {', '.join(sorted(ours))}, a task of lm_eval, or one with `items`{near}")
     return entry.yaml_path if entry.kind.name=='TASK' else None
 
-# %% ../nbs/api/06_panel.ipynb #6b2e0a3c
+# %% ../nbs/api/06_panel.ipynb #f832bbc2
 def load_panel(name, # A shipped panel, or a YAML file
               )->Panel: # Checked; every task in it exists
     "A panel by its name; mistakes are named by file, task and field"
@@ -141,20 +139,18 @@ def _check_task(task, path):
         try: find_task(task.name, path.parent)
         except UserError as e: raise UserError(f"{path}: {e}") from None
 
-def _truthfulqa_v0(folder): return truthfulqa_v0(folder)
-DATA = {'truthfulqa/v0': _truthfulqa_v0}
+DATA = {'truthfulqa/v0': lambda folder: truthfulqa_v0(folder)}
 
-# %% ../nbs/api/06_panel.ipynb #b77f6f1b
+# %% ../nbs/api/06_panel.ipynb #0cffcccc
 def git_blob(data:bytes, # Content of a file
             )->str: # 40 hex digits
     "The checksum that git gives to a file"
     return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
-# %% ../nbs/api/06_panel.ipynb #ae3427cd
 class Skipped(Exception):
     "A task cannot run here; the text says why"
 
-# %% ../nbs/api/06_panel.ipynb #0cd4c67d
+# %% ../nbs/api/06_panel.ipynb #777b20c7
 def truthfulqa_docs(questions:list[dict], # question, mc1_targets and mc2_targets, the latter two answer -> 1 or 0
                     categories:dict, # Question -> category
                     version:str='v0', # Part of each id
@@ -167,7 +163,7 @@ def truthfulqa_docs(questions:list[dict], # question, mc1_targets and mc2_target
     return [dict(id=f'truthfulqa-{version}-{i:03d}', condition=home(q['question']), category=categories[key(q['question'])], question=q['question'],
                  mc1_targets=lists(q['mc1_targets']), mc2_targets=lists(q['mc2_targets'])) for i,q in enumerate(questions)]
 
-# %% ../nbs/api/06_panel.ipynb #73073338
+# %% ../nbs/api/06_panel.ipynb #5296bd8a
 TRUTHFULQA_V0 = '2e2bcc91' # First digits of the git blob of v0's mc_task.json
 
 def truthfulqa_v0(folder:Path, # Folder of benchmark data
@@ -183,7 +179,7 @@ def truthfulqa_v0(folder:Path, # Folder of benchmark data
     categories = {r['Question']:r['Category'] for r in csv.DictReader(io.StringIO(table.decode('utf-8-sig')))}
     return truthfulqa_docs(json.loads(data), categories), dict(version='v0', file='truthfulqa/v0/mc_task.json.gz', sha1=sha)
 
-# %% ../nbs/api/06_panel.ipynb #2f3a5e5e
+# %% ../nbs/api/06_panel.ipynb #90303977
 MARK = 'hmx-chat:'
 def chat_text(doc:dict)->str: # The conversation as one text
     "What lm_eval takes for the text of a lettered item"
@@ -197,7 +193,7 @@ def letter_metrics(doc:dict, # A lettered item
     asks = dict(acc='gold', follows_hint='hint', biased='biased')
     return {metric: float(pick==doc[key]) for metric,key in asks.items() if doc.get(key) is not None}
 
-# %% ../nbs/api/06_panel.ipynb #c2276612
+# %% ../nbs/api/06_panel.ipynb #e33bc963
 def shared_head(contexts:list[list[int]], # Token ids of each context
                )->list[int]: # What all of them begin with; at least one token is left to each
     "The tokens that every context begins with"
@@ -205,7 +201,7 @@ def shared_head(contexts:list[list[int]], # Token ids of each context
     same = next((i for i,(x,y) in enumerate(zip(a, b, strict=False)) if x!=y), min(len(a), len(b)))
     return a[:min(same, min(map(len, contexts))-1)]
 
-# %% ../nbs/api/06_panel.ipynb #875be338
+# %% ../nbs/api/06_panel.ipynb #49bcc07a
 def _hidden(core, rows, head_kv, pad): # Last hidden states, (rows, L, width)
     "Packed rows through the model, after a cached head"
     from transformers import DynamicCache
@@ -222,7 +218,7 @@ def _logits(core, hidden):
     out,cap = core.lm_head(hidden).float(),getattr(core.config, 'final_logit_softcapping', None)
     return cap*torch.tanh(out/cap) if cap else out
 
-# %% ../nbs/api/06_panel.ipynb #42491d19
+# %% ../nbs/api/06_panel.ipynb #3505b3c5
 def option_logprobs(core, # Causal language model without wrapper
                     batch:list, # Pairs of context and options, all token ids
                     head_kv:list, # Keys and values of what all contexts begin with
@@ -248,7 +244,7 @@ def _check_finite(found, total):
     bad = sum(not np.isfinite(ll) for ll in found)
     if bad: raise UserError(f"{bad} of {total} log-likelihoods are not finite; the weights or the dtype are broken (try dtype float32 or bfloat16)")
 
-# %% ../nbs/api/06_panel.ipynb #5bf6f409
+# %% ../nbs/api/06_panel.ipynb #c2450409
 class PolicyLM:
     "What we change about lm_eval's class for Hugging Face models; `policy_lm` puts the two together"
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -272,7 +268,7 @@ class PolicyLM:
         _check_finite([ll for ll,_ in out], len(out))
         return out
 
-# %% ../nbs/api/06_panel.ipynb #826c6f7c
+# %% ../nbs/api/06_panel.ipynb #80811a94
 def _packed(self, core, requests, budget=16384):
     "Options grouped by context, longest first, in batches of at most `batch_size` rows and `budget` tokens"
     import torch
@@ -282,7 +278,7 @@ def _packed(self, core, requests, budget=16384):
     head = shared_head([list(c) for c in groups])
     rows = [(list(c)[len(head):], [requests[i][2] for i in idx], idx) for c,idx in groups.items()]
     size = lambda r: len(r[0]) + sum(len(o)-1 for o in r[1])
-    rows.sort(key=size, reverse=True)
+    rows.sort(key=size, reverse=True)  # little padding, and what does not fit into memory fails at once
     with torch.no_grad(), tqdm(total=len(rows), desc='items', leave=False) as bar:
         kv = read_head(self.model, head) if head else []
         while rows:
@@ -308,7 +304,7 @@ def policy_lm(policy:Policy, # A loaded policy, with or without adapter
     lm.policy,lm.chat,lm.share = policy,chat,share
     return lm
 
-# %% ../nbs/api/06_panel.ipynb #61b6bc89
+# %% ../nbs/api/06_panel.ipynb #5e527d7b
 @contextmanager
 def quiet():
     "lm_eval and datasets without their remarks and bars"
@@ -323,7 +319,7 @@ def quiet():
         for n,level in was.items(): logging.getLogger(n).setLevel(level)
         if bars: datasets.enable_progress_bars()
 
-# %% ../nbs/api/06_panel.ipynb #ac16a3bc
+# %% ../nbs/api/06_panel.ipynb #0cdce728
 def _write_task(cache, name, **keys):
     path = Path(cache)/'tasks'/f'{name}.yaml'
     return write_text(path, yaml.safe_dump(dict(keys, task=name), sort_keys=True))
@@ -339,7 +335,7 @@ def _local_files(file, config, cache):
         if not f.is_file(): raise Skipped(f"the items {f.parent.name}/{f.name} are not there")
     return kw | dict(data_files={s:str(f) for s,f in at.items()}, cache_dir=str(Path(cache)/'datasets'))
 
-# %% ../nbs/api/06_panel.ipynb #3c50a552
+# %% ../nbs/api/06_panel.ipynb #c091ac50
 def prepare(task:Task, # A task of kind lm_eval
             folder:Path|None, # Folder of the panel file
             cache:Path, # Folder for what is made on the way
@@ -378,7 +374,7 @@ def _load(manager, name):
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as e:
         raise Skipped(f"its data cannot be reached: {' '.join(str(e).split())[:160]}") from None
 
-# %% ../nbs/api/06_panel.ipynb #d17fd077
+# %% ../nbs/api/06_panel.ipynb #813ac1cc
 COLUMNS = ['run_id','task','item_id','cluster','condition','order','sample','prompt_sha','metric','value','raw','parsed','missing']
 def prompt_sha(text)->str: # 16 hex digits
     "Checksum of what the model read"
@@ -418,14 +414,14 @@ def run_lm_eval(task:Task, # A task of kind lm_eval
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='')[COLUMNS]
 
-# %% ../nbs/api/06_panel.ipynb #ec9693d5
+# %% ../nbs/api/06_panel.ipynb #ec28866d
 def seed_for(seed:int, # A seed
              name:str, # Who draws
             )->int: # Below 2**31
     "A seed of its own for each consumer of randomness"
     return int(content_hash([seed, name])[:8], 16) % 2**31
 
-# %% ../nbs/api/06_panel.ipynb #b0721802
+# %% ../nbs/api/06_panel.ipynb #bc9dc5da
 def choose_prompts(prompts:list, # Prompts
                    limit:int=0, # At most this many, but at least one family; 0 = all
                   )->list: # Whole families, in the order of the file
@@ -437,7 +433,7 @@ def choose_prompts(prompts:list, # Prompts
         kept.add(f); n += sizes[f]
     return [p for p in prompts if p.family in kept]
 
-# %% ../nbs/api/06_panel.ipynb #28a78753
+# %% ../nbs/api/06_panel.ipynb #2d37bf7d
 def expression(policy:Policy, # Who answers
                judge:Judge, # Who scores; the base judge for comparisons between arms
                prompts:list, # Held-out prompts
@@ -460,11 +456,11 @@ def expression(policy:Policy, # Who answers
     out = pd.DataFrame(rows)
     return out.assign(missing=out.value.isna())[COLUMNS]
 
-# %% ../nbs/api/06_panel.ipynb #783932a0
+# %% ../nbs/api/06_panel.ipynb #91a8e46d
 def base_run(config, # An EvaluateConfig
             )->Run: # Its folder; made if this model was never measured
     "The run folder of the untrained model"
-    identity = dict(source=model_id(check_model(config.model, config.revision, config.trust_remote_code)), dtype=config.dtype)
+    identity = dict(source=model_id(check_model(config.model, config.revision, config.trust_remote_code)), dtype=dtype_name(config.dtype))
     same = lambda r: all(r.identity.get(k)==v for k,v in dict(identity, schema=SCHEMA, package=hmx_feel.__version__).items())
     found = [r for r in find_runs(config.root, config.model, 'base', finished=False) if same(r)]
     return found[-1] if found else Run.create(config.root, config.model, 'base', 0, identity)
@@ -482,24 +478,45 @@ def find_run(config, # An EvaluateConfig
     have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if r.arm not in ('base','judge')})
     raise UserError(f"run: no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
 
-# %% ../nbs/api/06_panel.ipynb #cea3c863
+# %% ../nbs/api/06_panel.ipynb #1b38a055
+def weights_of(run:Run)->str: # `sha256:...` of a folder's files, or a hub commit; empty if the run does not say
+    "The weights that a run was made with"
+    return run.identity.get('weights') or run.identity.get('source') or ''
+
+def run_spec(run:Run, # What is measured
+             config, # An EvaluateConfig
+            )->Spec: # Its model; no weights are read
+    "The model that a run was made with, refused if it is another one by now"
+    made,saved = weights_of(run),run.read_json('config.json')
+    model = saved.get('model', config.model) if config.run and 'model' not in config.changed() else config.model
+    commit = '' if made.startswith('sha256:') else made
+    spec = check_model(model, config.revision or commit or saved.get('resolved', {}).get('revision', ''), config.trust_remote_code)
+    now,short = model_id(spec),lambda w: w[:19] + '...'*(len(w) > 19)
+    if made and now!=made: raise UserError(f"{run.path}: was made with weights {short(made)}, {model} is now {short(now)}; pass the revision or folder that it was trained on")
+    return spec
+
+# %% ../nbs/api/06_panel.ipynb #c0c7e1c4
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
                   model:str, # Model of the run
+                  weights:str, # From `weights_of`
                  )->dict: # What determines its rows
     "What a task is run with"
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
-    out = dict(task=task.model_dump(mode='json', exclude={'limit'}), limit=limit, dtype=config.dtype)
+    out = dict(task=task.model_dump(mode='json', exclude={'limit'}), limit=limit, dtype=dtype_name(config.dtype), weights=weights)
     if task.kind=='lm_eval': return out
     return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
                       prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
 
-# %% ../nbs/api/06_panel.ipynb #1282103d
+# %% ../nbs/api/06_panel.ipynb #2759542c
+def _notes(run)->dict:
+    "What the manifest of a run says, by task"
+    return run.read_json('evals/manifest.json')['tasks'] if (run/'evals/manifest.json').is_file() else {}
+
 def _done(run, task, settings, replace)->bool:
     "Whether the rows of a task are there, made with these settings"
-    manifest = run.read_json('evals/manifest.json') if (run/'evals/manifest.json').is_file() else {}
-    was = manifest.get('tasks', {}).get(task.name, {}).get('settings')
-    if replace or was is None or not (run/'evals'/f'{task.name}.parquet').is_file(): return False
+    note = _notes(run).get(task.name, {}); was = note.get('settings')
+    if replace or note.get('status')!='done' or not (run/'evals'/f'{task.name}.parquet').is_file(): return False
     differ = [k for k in settings if json.loads(json.dumps(settings[k]))!=was.get(k)]
     if differ:
         say = lambda d: f"{differ[0]}={d.get(differ[0])}" if differ[0]!='task' else 'another task definition'
@@ -523,7 +540,7 @@ def _note(rows, task, settings, about, config)->dict:
                 threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
                 means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
 
-# %% ../nbs/api/06_panel.ipynb #9b662cb3
+# %% ../nbs/api/06_panel.ipynb #364577c9
 def _run_tasks(run, todo, policy, panel, config):
     "Measure task after task; each is written as soon as it is done"
     from tqdm.auto import tqdm
@@ -554,7 +571,7 @@ def write_manifest(run:Run, # What was measured
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
     run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
 
-# %% ../nbs/api/06_panel.ipynb #fb9a8ca1
+# %% ../nbs/api/06_panel.ipynb #34ddcf8f
 def evaluate(config, # An EvaluateConfig
             )->Run: # The run, with its `evals` folder
     "Run a panel on one run; what is already there is kept"
@@ -562,30 +579,28 @@ def evaluate(config, # An EvaluateConfig
     panel = load_panel(config.panel)
     if config.benchmarks and not Path(config.benchmarks).expanduser().is_dir(): raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
     run = find_run(config)
-    model = run.read_json('config.json').get('model', config.model)
-    asked = [(t, task_settings(t, config, model)) for t in panel.tasks]
+    spec = run_spec(run, config)
+    asked = [(t, task_settings(t, config, spec.name, weights_of(run) or model_id(spec))) for t in panel.tasks]
     todo = [(t,s) for t,s in asked if not _done(run, t, s, config.replace)]
     if todo:
         torch.set_num_threads(config.threads)
         adapter = None if run.arm=='base' else run/'adapter'
         if adapter and not (adapter/'adapter_model.safetensors').is_file(): raise UserError(f"run: {run.path} holds no adapter/adapter_model.safetensors")
-        policy = load_policy(model, config.dtype, config.revision, config.trust_remote_code, adapter)
+        policy = load_policy(spec.name, config.dtype, spec.revision, config.trust_remote_code, adapter)
         _run_tasks(run, todo, policy, panel, config)
-    if run.arm=='base' and not run.finished: run.finish(dict(model=model, source=run.identity.get('source')))
+    if run.arm=='base' and not run.finished: run.finish(dict(model=spec.name, source=weights_of(run)))
     return run
 
-# %% ../nbs/api/06_panel.ipynb #7cf9b313
+# %% ../nbs/api/06_panel.ipynb #d328b639
 def skipped(run:Run)->dict: # Task -> reason
     "What was not run, and why"
-    path = run/'evals/manifest.json'
-    tasks = run.read_json('evals/manifest.json')['tasks'] if path.is_file() else {}
-    return {name: note['reason'] for name,note in sorted(tasks.items()) if note['status']=='skipped'}
+    return {name: note['reason'] for name,note in sorted(_notes(run).items()) if note['status']=='skipped'}
 
-# %% ../nbs/api/06_panel.ipynb #4d85b474
+# %% ../nbs/api/06_panel.ipynb #0ee0688f
 def read_rows(run:Run, # An evaluated run
               tasks=None, # Only these tasks
              )->pd.DataFrame: # All item rows
-    "The item rows of a run; needs neither torch nor lm_eval"
-    files = [f for f in sorted((run/'evals').glob('*.parquet')) if tasks is None or f.stem in tasks]
-    if not files: raise UserError(f"{run.path}: no evaluations; run 04_evaluate on it first")
-    return pd.concat([read_parquet(f) for f in files], ignore_index=True)
+    "The item rows that the manifest calls done; needs neither torch nor lm_eval"
+    done = [t for t,note in sorted(_notes(run).items()) if note['status']=='done' and (tasks is None or t in tasks)]
+    if not done: raise UserError(f"{run.path}: no evaluations; run 04_evaluate on it first")
+    return pd.concat([read_parquet(run/'evals'/f'{t}.parquet') for t in done], ignore_index=True)

@@ -340,7 +340,7 @@ def rubric_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return fig, table[table.metric.isin([total, *ids])].reset_index(drop=True)
 
-# %% ../nbs/api/08_plots.ipynb #1b54806d
+# %% ../nbs/api/08_plots.ipynb #82496a9c
 def _totals(ax, table, arms, own):
     "Whole score of each arm: its name, a dot with its interval, and the number"
     table = table.set_index("arm").reindex(arms)
@@ -348,7 +348,9 @@ def _totals(ax, table, arms, own):
         colour, marker = arm_look(arm, own)
         ax.hlines(y, row.low, row.high, color=colour, lw=2.4, zorder=3)
         ax.plot(row["mean"], y, marker=marker, color=colour, ms=8, mec="white", mew=.8, zorder=4, ls="")
-        ax.annotate(f"{row['mean']:.2f}" + (" (no interval)" if np.isnan(row.low) else ""), (np.nanmax([row["mean"], row.high]), y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_dark(colour), annotation_clip=False)
+        said = "missing" if np.isnan(row["mean"]) else f"{row['mean']:.2f}" + (" (no interval)" if np.isnan(row.low) else "")
+        end = next((x for x in (row.high, row["mean"]) if np.isfinite(x)), 0)
+        ax.annotate(said, (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_dark(colour), annotation_clip=False)
     ax.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - .5, -.5))
     for tick, arm in zip(ax.get_yticklabels(), arms, strict=True): tick.set(color=_dark(arm_look(arm, own)[0]), fontweight="bold")
     _row_grid(ax)

@@ -6,7 +6,8 @@
 __all__ = ['MODELS', 'SCHEMA', 'UNSEEDED', 'UserError', 'nearest', 'explain', 'split_list', 'BaseConfig', 'TrainConfig',
            'JudgeConfig', 'EvaluateConfig', 'CompareConfig', 'runs_root', 'model_slug', 'data_names', 'data_path',
            'check_schema', 'write_bytes', 'write_text', 'write_json', 'read_json', 'content_hash', 'write_parquet',
-           'read_parquet', 'append_jsonl', 'numbered_rows', 'read_jsonl', 'run_path', 'Run', 'find_runs', 'environment']
+           'read_parquet', 'append_jsonl', 'numbered_rows', 'read_jsonl', 'run_path', 'Run', 'find_runs', 'environment',
+           'clear_progress']
 
 # %% ../nbs/api/00_runs.ipynb #cb28885a
 import difflib,fcntl,hashlib,json,os,platform,re,shutil,subprocess,sys,types,typing
@@ -588,3 +589,11 @@ def _commit()->str|None: # A hash, with `+` if files have changed since
     tracked = git('ls-files','--error-unmatch','__init__.py')
     if head.returncode or tracked.returncode: return None
     return head.stdout.strip() + '+'*bool(git('status','--porcelain','-uno').stdout.strip())
+
+# %% ../nbs/api/00_runs.ipynb #47b29604
+def clear_progress()->None:
+    "Take a finished progress bar off a notebook's page; elsewhere do nothing"
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if shell is None or not hasattr(shell, 'kernel'): return
+    from IPython.display import clear_output
+    clear_output(wait=True)

@@ -25,7 +25,7 @@ __all__ = ['KEYS', 'COLUMNS', 'HEADLINE', 'MARGIN', 'item_values', 'paired', 'ge
 KEYS = ["item_id", "condition", "order"]
 COLUMNS = ["run_id", "task", *KEYS, "cluster", "prompt_sha", "metric", "value", "missing"]
 
-# %% ../nbs/api/07_stats.ipynb #2afafc8e
+# %% ../nbs/api/07_stats.ipynb #df17edf1
 def item_values(rows:pd.DataFrame, # Item rows of any number of runs, tasks and metrics
                 by:tuple=("run_id", "task", "metric"), # Columns that separate one measured thing from another
                )->pd.DataFrame: # One row per `by` x item_id, condition, order: value (mean of the samples), samples, missing (share), cluster, prompt_sha
@@ -42,7 +42,7 @@ def item_values(rows:pd.DataFrame, # Item rows of any number of runs, tasks and 
         if (bad := out[out[column] > 1]).size: raise UserError(f"item {bad.item_id.iloc[0]}: more than one {what} in run {rows.run_id.iloc[0]}")
     return out.drop(columns=["texts", "homes"])
 
-# %% ../nbs/api/07_stats.ipynb #6534ba78
+# %% ../nbs/api/07_stats.ipynb #b6563515
 def _refuse(what, names): raise UserError(f"cannot be paired: {what}: {', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}")
 
 def paired(a:pd.DataFrame, # Item rows of one run
@@ -65,14 +65,14 @@ def paired(a:pd.DataFrame, # Item rows of one run
     both = both.rename(columns=dict(cluster_a="cluster", value_a="a", value_b="b"))
     return both.assign(diff=both.a - both.b)[[*KEYS, "cluster", "a", "b", "diff", "missing_a", "missing_b"]]
 
-# %% ../nbs/api/07_stats.ipynb #9d7ec0c1
+# %% ../nbs/api/07_stats.ipynb #3e15d9ba
 def generator(seed:int, # Seed of the whole comparison, >= 0
               name:str, # Who draws
              )->np.random.Generator: # A stream of its own
     "Random generator that depends on the seed and the name alone"
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
 
-# %% ../nbs/api/07_stats.ipynb #052e1bc5
+# %% ../nbs/api/07_stats.ipynb #0f501539
 def _cluster_sums(diff, cluster):
     "Sum and number of items per cluster, in the order of the sorted clusters, and the place of each item's cluster"
     _, where = np.unique(np.asarray(cluster).astype(str), return_inverse=True)
@@ -105,7 +105,7 @@ def sign_flip(diff:np.ndarray, # Differences, shape (items,); NaN = missing, lef
         beyond += int((np.abs(flips @ sums) >= enough).sum())
     return (1 + beyond) / (resamples + 1)
 
-# %% ../nbs/api/07_stats.ipynb #99492614
+# %% ../nbs/api/07_stats.ipynb #5b3c9af9
 def mcnemar_midp(b:int, # Items that only the first run got right
                  c:int, # Items that only the second run got right
                 )->float: # Two-sided p in (0, 1]
@@ -114,7 +114,7 @@ def mcnemar_midp(b:int, # Items that only the first run got right
     few = sps.binom(b + c, .5)
     return float(min(1, 2 * few.cdf(min(b, c)) - few.pmf(min(b, c))))
 
-# %% ../nbs/api/07_stats.ipynb #fc3f95ac
+# %% ../nbs/api/07_stats.ipynb #98bea7d9
 @dataclass(frozen=True)
 class Interval:
     "A mean with what is known about its precision"
@@ -146,7 +146,7 @@ def _bootstrap_means(sums, sizes, strata, resamples, rng):
             bottom[start:start + step] += sizes[drawn].sum(1)
     return top / bottom
 
-# %% ../nbs/api/07_stats.ipynb #262f385b
+# %% ../nbs/api/07_stats.ipynb #92984a57
 def cluster_interval(diff:np.ndarray, # Differences, or plain values, shape (items,); NaN = missing, left out
                      cluster:np.ndarray, # Cluster of each item, shape (items,)
                      alpha:float=.05, # 1 - coverage: .05 gives a 95 % interval
@@ -175,7 +175,7 @@ def _strata_of_clusters(strata, where):
     if table.nunique().gt(1).any(): raise UserError("a cluster lies in more than one stratum")
     return table.first().to_numpy()
 
-# %% ../nbs/api/07_stats.ipynb #f8bd311d
+# %% ../nbs/api/07_stats.ipynb #cb4d4a20
 def _corrected(p, method):
     p = np.asarray(p, dtype=float)
     if not len(p): return p
@@ -191,7 +191,7 @@ def bh(p:np.ndarray, # p-values, shape (tests,); NaN = not tested
     "Benjamini-Hochberg: expected share of false alarms"
     return _corrected(p, "fdr_bh")
 
-# %% ../nbs/api/07_stats.ipynb #77b64ba5
+# %% ../nbs/api/07_stats.ipynb #8152eec6
 def summary(rows:pd.DataFrame, # Item rows
             by:tuple=("run_id", "task", "metric"), # Columns that separate one mean from another
             alpha:float=.05, # 1 - coverage of the interval
@@ -212,7 +212,7 @@ def summary(rows:pd.DataFrame, # Item rows
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../nbs/api/07_stats.ipynb #f54d98a5
+# %% ../nbs/api/07_stats.ipynb #7f98f157
 def _test(pairs, found):
     "The p-value of a paired comparison, and the name of its test"
     used = pairs.dropna(subset="diff")
@@ -249,7 +249,7 @@ def contrast_table(rows_by_arm:dict, # Arm name -> item rows of one run of it
     first = ["contrast", "a", "b", "task", "metric", "estimate", "low", "high", "se", "p", "test", "n_items", "n_clusters", "missing_a", "missing_b", "level", "relation", "reason"]
     return pd.DataFrame(out).reindex(columns=first)
 
-# %% ../nbs/api/07_stats.ipynb #2a7744ba
+# %% ../nbs/api/07_stats.ipynb #4ac91834
 def corrected(table:pd.DataFrame, # From `contrast_table`
               confirmatory:tuple=(), # The (task, metric) pairs fixed beforehand
              )->pd.DataFrame: # The table with two more columns: role (confirmatory, exploratory) and p_corrected
@@ -262,7 +262,7 @@ def corrected(table:pd.DataFrame, # From `contrast_table`
         out.loc[place, "p_corrected"] = (holm if kind == "confirmatory" else bh)(out.loc[place, "p"])
     return out
 
-# %% ../nbs/api/07_stats.ipynb #b2fe6b61
+# %% ../nbs/api/07_stats.ipynb #d831679f
 def agreement(labels:pd.DataFrame, # Known levels, one row per answer and one column per criterion; NaN = not labelled
               predicted:pd.DataFrame, # The judge's most probable label, same rows and columns; NaN = missing
               values:pd.DataFrame|None=None, # The judge's scores in [0, 1], same shape, NaN = missing; without it the labels serve for Spearman and the level means
@@ -290,7 +290,7 @@ def _criterion_row(table, levels):
     return row | dict(accuracy=right / len(seen), low=float(low), high=float(high), chance=float(seen.known.value_counts(normalize=True).max()),
                       spearman=float(order), spread=seen.value[seen.known == seen.known.max()].mean() - seen.value[seen.known == seen.known.min()].mean()) | means
 
-# %% ../nbs/api/07_stats.ipynb #dfd5d3bc
+# %% ../nbs/api/07_stats.ipynb #e8c8186b
 def exam_result(table:pd.DataFrame, # From `agreement`
                 least_spread:float=.1, # Below this distance between the highest and the lowest level a judge cannot steer
                )->dict: # agreement_min, agreement_mean, worst, spread_min, missing_max, distrust (criteria), sentence
@@ -302,7 +302,7 @@ def exam_result(table:pd.DataFrame, # From `agreement`
     low = f"Lowest agreement {out['agreement_min']:.0%} ({out['worst']}), smallest spread {out['spread_min']:.2f}, at most {out['missing_max']:.0%} missing"
     return out | dict(sentence=f"{low}; {'distrust ' + ', '.join(bad) if bad else 'nothing found to distrust'}.")
 
-# %% ../nbs/api/07_stats.ipynb #0125c709
+# %% ../nbs/api/07_stats.ipynb #7e03b3f2
 def smoothed(metrics:pd.DataFrame, # One row per logged step, in order
              column:str, # Column to smooth
              window:int=5, # Steps to average, >= 1; 1 leaves the curve as it is
@@ -311,7 +311,7 @@ def smoothed(metrics:pd.DataFrame, # One row per logged step, in order
     if window < 1: raise UserError(f"window: found {window}, allowed: a whole number >= 1")
     return metrics[column].astype(float).rolling(window, min_periods=1).mean()
 
-# %% ../nbs/api/07_stats.ipynb #3e4e702f
+# %% ../nbs/api/07_stats.ipynb #f70e3207
 HEADLINE = ("expression", "rubric")   # the task and metric that say whether a treatment took
 MARGIN = .02                          # a difference below this is negligible, however narrow its interval
 
@@ -333,11 +333,11 @@ def _of_seed(rows, seed):
     here = {arm: r if arm == "base" else r[r.seed == seed] for arm, r in rows.items()}
     return {arm: r for arm, r in here.items() if len(r)}
 
-# %% ../nbs/api/07_stats.ipynb #e635edd0
 def _command(config, verb, **options):
     "A command of hmx-feel as it would be typed"
     options = dict(model=config.model) | options | (dict(runs=config.runs) if config.runs else {})
-    return " ".join([f"hmx-feel {verb}", *(f"--{k} {shlex.quote(str(v))}" for k, v in options.items())])
+    say = lambda k, v: f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k} {shlex.quote(str(v))}"
+    return " ".join([f"hmx-feel {verb}", *(say(k.replace("_", "-"), v) for k, v in options.items())])
 
 def _runs_of(config):
     "Arm -> its runs to compare, the latest of each seed; `base` first"
@@ -356,7 +356,7 @@ def _runs_of(config):
             raise UserError(f"no finished run of {config.model} {arm}{which} under {config.root}; finished: {', '.join(have) or 'none'}{cure}")
     return out
 
-# %% ../nbs/api/07_stats.ipynb #ab91a5cc
+# %% ../nbs/api/07_stats.ipynb #3625c879
 def _measured(run, config):
     "Item rows of a run, and the manifest's notes by task"
     path = run / "evals" / "manifest.json"
@@ -382,7 +382,28 @@ def _check_alike(first, second, config):
             raise UserError(f"{task}: {_name(a)} was measured with {say(x.get(k))}, {_name(b)} with {say(y.get(k))}; measure both with the same panel and settings "
                             f"({_command(config, 'evaluate', arm=a.arm, seed=a.seed)} --replace)")
 
-# %% ../nbs/api/07_stats.ipynb #194bb62d
+# %% ../nbs/api/07_stats.ipynb #c2b2147d
+_FREE = ("arm", "seed", "rubric", "micro_batch", "model", "revision")   # settings in which the runs of a comparison may differ
+
+def _trained_as(run):
+    "What a run was trained with and what another run of the comparison has to share"
+    kept, same = run.identity, ("dtype", "weights")
+    return {k: v for k, v in kept.get("config", {}).items() if k not in _FREE} | {k: kept[k] for k in same if k in kept}
+
+def _check_trained_alike(runs, config):
+    "Refuse runs that were trained with different settings"
+    first, *others = runs
+    mine = _trained_as(first)
+    for run in others:
+        theirs = _trained_as(run)
+        for k in sorted({*mine, *theirs}):
+            x, y = mine.get(k), theirs.get(k)
+            if x == y: continue
+            again = _command(config, "train", **dict(arm=run.arm, seed=run.seed) | ({} if k == "weights" else {k: x}))
+            cure = "both on one revision or folder" if k == "weights" else "both with one"
+            raise UserError(f"{_name(first)} was trained with {k}={str(x)[:24]}, {_name(run)} with {k}={str(y)[:24]}; train {cure} ({again} --replace)")
+
+# %% ../nbs/api/07_stats.ipynb #f8cb3709
 def verdicts(table:pd.DataFrame, # Contrasts with direction, role and p_corrected
              alpha:float=.05, # Largest p that counts
              margin:float=MARGIN, # Smallest difference of interest
@@ -390,7 +411,8 @@ def verdicts(table:pd.DataFrame, # Contrasts with direction, role and p_correcte
     "What can be said of each contrast"
     p = table.p.where(table.role == "gate", table.p_corrected)
     sure = ((table.low > 0) | (table.high < 0)) & (p <= alpha) & (table.estimate.abs() > margin)
-    inside = (table.low >= -margin) & (table.high <= margin)
+    told = (table.high - table.low > 1e-9) | (3 / table.n_clusters.clip(lower=1) <= margin)   # no width: rule of three
+    inside = (table.low >= -margin) & (table.high <= margin) & told
     change = np.select([sure & (table.estimate > 0), sure, inside], ["up", "down", "none"], "open")
     better = table.direction.map(dict(higher="up", lower="down"))
     word = np.select([change == "open", change == "none", better.isna(), change == better], ["unresolved", "unchanged", "", "enhanced"], "degraded")
@@ -399,7 +421,6 @@ def verdicts(table:pd.DataFrame, # Contrasts with direction, role and p_correcte
     untaken = key.isin(key[head & ~out.change.isin(["up", "down"])])
     return out.assign(verdict=out.verdict.mask(untaken & ~head | (out.direction == ""), ""))
 
-# %% ../nbs/api/07_stats.ipynb #6c5ead49
 def _contrasts(rows, pairs, task_of, config):
     "All contrasts of one seed, corrected"
     table = contrast_table(rows, pairs, {t: d["relation"] for t, d in task_of.items()}, config.alpha, config.resamples, config.seed)
@@ -414,13 +435,14 @@ def _paid_kinds(rows):
     paid = rows.condition[own & (rows.metric == HEADLINE[1])].unique()
     return rows[~own | rows.condition.isin(paid) | (len(paid) == 0)]
 
-# %% ../nbs/api/07_stats.ipynb #ad874703
+# %% ../nbs/api/07_stats.ipynb #edf4a006
 def compare(config, # A CompareConfig
            )->Comparison: # Tables; the same lie in `out` as contrasts.csv, contrasts.json, summary.csv and skipped.csv
     "Paired comparison of the untrained model and the finished runs of some arms"
     runs = _runs_of(config)
     found = {r: _measured(r, config) for rs in runs.values() for r in rs}
     base, seeds, task_of = runs["base"][0], sorted({r.seed for a, rs in runs.items() if a != "base" for r in rs}), {}
+    _check_trained_alike([r for r in found if r.arm != "base"], config)
     for r, (_, notes) in found.items():
         _check_alike((r, notes), (base, found[base][1]), config)
         task_of |= {t: n["settings"]["task"] for t, n in notes.items()}
@@ -435,7 +457,6 @@ def compare(config, # A CompareConfig
     table = verdicts(pd.concat(tables, ignore_index=True), config.alpha)
     return _written(Comparison(rows, table, _means(rows, config.alpha), pd.DataFrame(missed, columns=["arm", "seed", "task", "reason"]), seeds, _folder(config)), runs, config)
 
-# %% ../nbs/api/07_stats.ipynb #60992b90
 def _folder(config):
     "Where the tables and figures of a comparison lie"
     return Path(config.out).expanduser() if config.out else config.root / "compare" / model_slug(config.model)
@@ -458,7 +479,7 @@ def _written(found, runs, config):
         seeds=found.seeds, runs={a: [r.path.name for r in rs] for a, rs in runs.items()}, rows=found.contrasts.to_dict("records")))
     return found
 
-# %% ../nbs/api/07_stats.ipynb #670038b9
+# %% ../nbs/api/07_stats.ipynb #a3c712a8
 class Sentences(str):
     "Text that a notebook shows as markdown"
     def _repr_markdown_(self): return str(self)
@@ -479,7 +500,7 @@ def _told(name, rows):
     lines = [f"- {c.replace(' - ', ' − ')}: {'; '.join(_phrase(r) for r in part.itertuples())}" for c, part in rows.groupby("contrast", sort=False)]
     return "\n".join([f"**{name}**:\n", *lines]) if lines else f"**{name}**: nothing"
 
-# %% ../nbs/api/07_stats.ipynb #42228308
+# %% ../nbs/api/07_stats.ipynb #c0b31d15
 def sentences(contrasts:pd.DataFrame, # `Comparison.contrasts`
               alpha:float=.05, # 1 - coverage of the intervals, as they were made
              )->Sentences: # Markdown
@@ -506,7 +527,7 @@ def claim(contrasts:pd.DataFrame, # `Comparison.contrasts` of one seed
     if others: return "Other measures that moved: " + ", ".join(f"{a} {part.change.isin(['up', 'down']).sum()} of {len(part)}" for a, part in seen.groupby("a", sort=False))
     return "Rubric score against base: " + ", ".join(f"{r.a} {_signed(r.estimate, 2) if np.isfinite(r.estimate) else 'missing'}" for r in seen.itertuples())
 
-# %% ../nbs/api/07_stats.ipynb #3e3346b2
+# %% ../nbs/api/07_stats.ipynb #b37cda7f
 def drawn_answers(rows_by_arm:dict, # Arm -> item rows of one run
                   n:int=4, # Prompts
                   seed:int=0, # Which ones
@@ -523,7 +544,7 @@ def drawn_answers(rows_by_arm:dict, # Arm -> item rows of one run
     say = lambda r: f"{r.raw or '(empty)'}\n[score {'missing' if r.missing else f'{r.value:.2f}'}]"
     return pd.DataFrame([dict(prompt=texts.get(i, i), **{arm: say(f.loc[i]) for arm, f in first.items()}) for i in ids], columns=["prompt", *first])
 
-# %% ../nbs/api/07_stats.ipynb #91ea06d8
+# %% ../nbs/api/07_stats.ipynb #0448f3b1
 def score_table(scores, # What `Judge.score` returns
                 names, # A name for each answer
                )->pd.DataFrame: # One row per criterion; score and mass of each answer

@@ -64,7 +64,7 @@ def _plain(text:str)->str: # Without colour codes
     "Text as it was before a terminal's colours were put in"
     return re.sub(r'\x1b\[[0-9;]*m', '', text)
 
-# %% ../nbs/api/10_sweep.ipynb #1f4b1157
+# %% ../nbs/api/10_sweep.ipynb #2471733b
 def run_notebook(name, # Notebook: `03_train`, `train` or a path
                  params:dict, # Values for its parameters cell
                  out, # Where the executed copy goes: a path, or a function without arguments that returns one
@@ -76,24 +76,26 @@ def run_notebook(name, # Notebook: `03_train`, `train` or a path
     with tempfile.TemporaryDirectory(prefix='hmx-feel-') as folder:
         copy = Path(folder)/source.name
         try: _execute(source, copy, params, progress)
-        except Exception as e: raise _failure(e, source, copy, place) from None
+        except Exception as e: raise _failure(e, source, copy, _failed(source, params) if callable(out) else place()) from None
         return write_text(place(), copy.read_text(encoding='utf-8'))
 
-# %% ../nbs/api/10_sweep.ipynb #17452dbb
-def _failure(error, source:Path, copy:Path, place)->Exception: # What to raise instead
+# %% ../nbs/api/10_sweep.ipynb #53040afe
+def _failed(source:Path, params:dict)->Path: # A new name
+    "Where the copy of a notebook that broke goes"
+    return runs_root(params.get('runs', ''))/'failed'/f"{source.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.ipynb"
+
+def _failure(error, source:Path, copy:Path, place:Path)->Exception: # What to raise instead
     "The user's mistake in its own words, anything else with the place of the executed copy"
     ename,evalue = getattr(error, 'ename', type(error).__name__), _plain(str(getattr(error, 'evalue', error)))
     if ename=='UserError': return UserError(evalue)
     if ename=='KeyboardInterrupt': return KeyboardInterrupt()
     return NotebookFailed(f"{source.stem} stopped with {ename}: {evalue}{_keep(copy, place)}")
 
-# %% ../nbs/api/10_sweep.ipynb #c490314d
-def _keep(copy:Path, place)->str: # A remark on where it was put
-    "Put the copy of a failed notebook where its report would have been, or beside the caller"
+# %% ../nbs/api/10_sweep.ipynb #bf4b8a09
+def _keep(copy:Path, place:Path)->str: # A remark on where it was put
+    "Put the copy of a failed notebook beside the place that was asked for"
     if not copy.exists(): return ''
-    try: path = place()
-    except UserError: path = Path(copy.name)
-    path = path.with_name(f"{path.stem}-failed.ipynb")
+    path = place.with_name(f"{place.stem}-failed.ipynb")
     write_text(path, copy.read_text(encoding='utf-8'))
     return f"; the executed copy is {path}"
 
@@ -226,7 +228,7 @@ def demo_jobs(root:Path, # Folder of all runs
 # %% ../nbs/api/10_sweep.ipynb #f0095a14
 HELD_OUT = ('expression', 'rubric')
 
-# %% ../nbs/api/10_sweep.ipynb #9da22aaa
+# %% ../nbs/api/10_sweep.ipynb #04443e41
 def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimate, low, high
                 a:str, # Arm
                 b:str, # Arm that is taken away
@@ -237,7 +239,8 @@ def contrast_of(rows:list, # Rows of the comparison: a, b, task, metric, estimat
     for r in rows:
         if (r['task'],r['metric']) != (task,metric): continue
         if r['contrast']==f'{a} - {b}': return {k:r[k] for k in ('estimate','low','high')}
-        if r['contrast']==f'{b} - {a}': return dict(estimate=-r['estimate'], low=-r['high'], high=-r['low'])
+        turn = lambda x: None if x is None else -x  # a score that was missing throughout leaves no number
+        if r['contrast']==f'{b} - {a}': return dict(estimate=turn(r['estimate']), low=turn(r['high']), high=turn(r['low']))
     raise UserError(f"the comparison has no contrast {a} - {b} of {task} {metric}")
 
 # %% ../nbs/api/10_sweep.ipynb #58433551

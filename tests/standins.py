@@ -1,5 +1,7 @@
 """Random-weight models of three families, made in a second: fair for plumbing, speed and memory, never for quality.
 
+They end an answer at about every twelfth token; a model that never ends one has all its completions cut, and learns nothing.
+
     python tests/standins.py FOLDER [--family qwen3] [--size 42m]
 
 Each has the architecture of its family, a byte-level BPE tokenizer of about 1,500 tokens trained on our own texts, and
@@ -44,20 +46,23 @@ GEMMA2_CHAT = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
 
-# Llama 3: BOS in the template, a system turn always present, contents trimmed.
+# Llama 3: BOS in the template, a system turn always present, contents trimmed, and today's date unless one is given.
 LLAMA_CHAT = """\
 {{- bos_token }}
+{%- if not date_string is defined %}
+{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}
+{%- endif %}
 {%- set system = '' %}
 {%- if messages[0].role == 'system' %}{%- set system = messages[0].content | trim %}{%- set messages = messages[1:] %}{%- endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
-{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + (date_string or '26 Jul 2024') + '\\n\\n' }}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' }}
 {{- system + '<|eot_id|>' }}
 {%- for message in messages %}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
-# special tokens in the order of their ids; bos = put in front by the tokenizer itself; ends = end a generation
+# special tokens in the order of their ids; bos = put in front by the tokenizer itself; ends = end a generation, the last one a turn
 RULES = {
     "qwen3": dict(special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], plain=["<think>", "</think>"], chat=QWEN3_CHAT,
                   bos=None, eos="<|im_end|>", pad="<|endoftext|>", ends=["<|endoftext|>", "<|im_end|>"]),
@@ -118,6 +123,26 @@ def make_config(family, tok, size="small"):
                         final_logit_softcapping=30.0)
 
 
+def let_it_end(net, end, size, every=12):
+    """Give the token `end` a chance of about 1 in `every` at each place, whatever was said before.
+
+    The embeddings are tied to the output, so one dimension can be a bias: `size` in every token, which the layers change
+    little, and in `end` what it takes on random texts.
+    """
+    import torch
+    rows = net.get_input_embeddings().weight
+    some = torch.randint(0, len(rows), (8, 64), generator=torch.Generator().manual_seed(0))
+    some[some == end] += 1 if end == 0 else -1
+    with torch.no_grad():
+        rows[:, 0], rows[end, 0] = size, 0
+        hidden = net.model(input_ids=some).last_hidden_state
+        logits, low, high = net(input_ids=some).logits, 0., 100.
+        for _ in range(40):
+            rows[end, 0] = (low + high) / 2
+            chance = torch.sigmoid(hidden @ rows[end] - logits.logsumexp(-1)).mean()
+            low, high = (rows[end, 0].item(), high) if chance < 1 / every else (low, rows[end, 0].item())
+
+
 def make_standin(family, folder, size="small", split_labels=False, seed=0, corpus=None):
     "Write a stand-in as a folder that from_pretrained can read; returns the folder"
     import torch
@@ -127,6 +152,7 @@ def make_standin(family, folder, size="small", split_labels=False, seed=0, corpu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = AutoModelForCausalLM.from_config(make_config(family, tok, size), attn_implementation="eager", dtype=torch.float32)
+    let_it_end(net, tok.convert_tokens_to_ids(RULES[family]["ends"][-1]), 1 if family == "gemma2" else .1)   # Gemma's layers write more
     net.generation_config.eos_token_id = sorted(tok.convert_tokens_to_ids(RULES[family]["ends"]))
     net.save_pretrained(folder, safe_serialization=True)
     tok.save_pretrained(folder)

@@ -238,6 +238,13 @@ def test_a_finished_run_is_not_done_again(refused, finished, qwen3):
     refused(["train", "--model", qwen3, "--steps", "2"], str(finished.path), "is finished", "--replace", "--seed")
 
 
+def test_a_run_on_other_weights_is_not_measured(refused, finished, qwen3, tmp_path):
+    "The model's folder has changed since the training"
+    config = finished.read_json("config.json")
+    finished.update_json("config.json", dict(identity=config["identity"] | dict(weights="sha256:" + "0" * 64)))
+    refused(["evaluate", "--model", qwen3, "--arm", "forward"], f"{finished.path}: was made with weights sha256:000000000000...", "is now sha256:", "pass the revision or folder")
+
+
 @pytest.mark.parametrize("other", ["--replace", "--seed 1", "--steps 3", "--arm reverse"])
 def test_another_run_is_let_through(call, finished, qwen3, monkeypatch, tmp_path, other):
     monkeypatch.setattr(cli, "run_notebook", lambda *_: tmp_path / "report.ipynb")
@@ -391,7 +398,16 @@ def test_standins(family, tmp_path):
         assert {"sliding_attention", "full_attention"} == set(net.config.layer_types) and net.config.final_logit_softcapping
     if family == "llama":
         assert tok.pad_token is None and render(chat).startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>")
+        today = [f"Today Date: {time.strftime('%d %b %Y', time.gmtime(time.time() + s))}\n" for s in (-86400, 0, 86400)]
+        assert any(t in render(chat) for t in today) and "Today Date: 26 Jul 2024\n" in render(chat, date_string="26 Jul 2024")
     with torch.no_grad(): assert net(**tok(text, return_tensors="pt")).logits.isfinite().all()
+    asked = tok(render(chat[1:]), add_special_tokens=False, return_tensors="pt")
+    torch.manual_seed(0)
+    said = net.generate(**asked, do_sample=True, top_k=0, num_return_sequences=32, max_new_tokens=48, pad_token_id=tok.pad_token_id or tok.eos_token_id)
+    end = tok.convert_tokens_to_ids(standins.RULES[family]["ends"][-1])
+    ended = (said[:, asked["input_ids"].shape[1]:] == end).any(1).float().mean()
+    assert .25 < ended, "nearly all answers are cut: nothing can be learnt from them"
+    assert said.shape[1] - asked["input_ids"].shape[1] > 24, "no answer says anything"
 
 
 def test_standin_with_labels_of_several_tokens(tmp_path):

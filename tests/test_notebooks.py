@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import pytest
 import standins
+from safetensors.torch import load_file
 
 from hmx_feel import runs, sweep
 from hmx_feel.runs import find_runs
@@ -19,14 +20,15 @@ from hmx_feel.runs import find_runs
 nbs = Path(__file__).resolve().parents[1] / "nbs"
 papermill = Path(sys.executable).with_name("papermill")
 NAMES = ("01_rubric", "02_judge", "03_train", "04_evaluate", "05_compare", "06_figures")
-SMALL = dict(steps=2, completions_per_step=16, max_completion=24)
+SMALL = dict(steps=2, completions_per_step=16, max_completion=64)
 GLANCE = dict(panel="smoke", samples=1)
 
 
 def mill(name, out, **params):
     "papermill, started in nbs/ as README says; returns the finished process"
     given = [part for k, v in params.items() for part in ("-p", k, str(v))]
-    return subprocess.run([str(papermill), f"{name}.ipynb", str(out), *given], cwd=nbs, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}   # a kernel shows figures unless told otherwise
+    return subprocess.run([str(papermill), f"{name}.ipynb", str(out), *given], cwd=nbs, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def milled(name, out, **params):
@@ -82,11 +84,20 @@ def test_calibration(chain):
     assert 0 <= result["agreement_min"] <= 1 and run.finished
 
 
+def moved(run):
+    "How far a run's adapter has come: LoRA starts with B = 0"
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    return max(float(v.abs().max()) for k, v in tensors.items() if "lora_B" in k)
+
+
 @pytest.mark.parametrize("arm", ["forward", "reverse"])
 def test_run_folder(chain, arm):
     run, = find_runs(chain[0], "tiny", arm)
     assert {"config.json", "env.json", "metrics.jsonl", "timings.jsonl", "completions", "drift", "adapter", "result.json"} <= {p.name for p in run.path.iterdir()}
-    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.bin"))
+    pickled = [p for p in run.path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    own = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}   # Trainer's own, to go on from a checkpoint
+    assert not list(run.path.rglob("*.tmp")) and all(p.parts[len(run.path.parts)] == "checkpoints" and p.name in own for p in pickled), pickled
+    assert moved(run), "the adapter is where it began: nothing was trained"
     metrics = run.metrics()
     assert len(metrics) == SMALL["steps"] and metrics.score.between(0, 1).all() and {"feeling.shade", "held.stance", "missing"} <= set(metrics.columns)
     assert not [c for c in metrics.columns if "time" in c or "second" in c], "clock values belong into timings.jsonl"
@@ -159,7 +170,7 @@ def test_standins_train_and_evaluate(family, tmp_path, out):
     root = tmp_path / "runs"
     milled("03_train", out / f"{family}.ipynb", model=folder, runs=root, min_mass=0, **{**SMALL, "steps": 3})
     run, = find_runs(root, str(folder), "forward")
-    assert len(run.metrics()) == 3 and run.metrics().score.notna().all()
+    assert len(run.metrics()) == 3 and run.metrics().score.notna().all() and moved(run)
     milled("04_evaluate", out / f"{family}_eval.ipynb", model=folder, arm="forward", runs=root, **GLANCE)
     assert list((run.path / "evals").glob("*.parquet"))
 

@@ -33,9 +33,10 @@ from hmx_feel.panel import (
     prepare,
     read_rows,
     run_lm_eval,
+    run_spec,
     skipped,
 )
-from hmx_feel.policy import load_policy, put_adapter
+from hmx_feel.policy import Spec, check_model, load_policy, model_id, put_adapter
 from hmx_feel.rubric import Rubric, load_prompts
 from hmx_feel.runs import EvaluateConfig, Run, UserError
 from hmx_feel.stats import paired
@@ -199,12 +200,12 @@ def test_a_limit_takes_whole_families():
 
 @pytest.fixture
 def config(stand_in, folder):
-    return EvaluateConfig(model=stand_in("qwen3"), panel=str(folder / "mine.yaml"), samples=2, runs=str(folder / "runs"))
+    return EvaluateConfig(model=stand_in("qwen3"), panel=str(folder / "mine.yaml"), samples=2, min_mass=0, runs=str(folder / "runs"))
 
 
 def trained(config, scale):
     "A finished run whose adapter is as large as asked"
-    run = Run.create(config.root, config.model, "forward", 0, dict(scale=scale))
+    run = Run.create(config.root, config.model, "forward", 0, dict(scale=scale, weights=model_id(check_model(config.model))))
     torch.manual_seed(0)
     net = get_peft_model(load_policy(config.model).model, LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
@@ -222,7 +223,68 @@ def test_base_and_trained_run_can_be_paired(config):
     assert list(a.raw) != list(b.raw)
     for task, metric in (("quiz", "acc"), ("expression", "held.stance")):
         pairs = paired(a, b, task, metric)
-        assert len(pairs) == b[(b.task == task) & (b.metric == metric)].item_id.nunique() and pairs["diff"].abs().max() <= 1 or pairs["diff"].isna().all()
+        assert len(pairs) == b[(b.task == task) & (b.metric == metric)].item_id.nunique()
+        assert pairs["diff"].between(-1, 1).all()
+    assert paired(a, b, "expression", "held.stance")["diff"].abs().max() > 0
+
+
+def test_an_adapter_that_does_nothing_answers_as_the_base(config):
+    "As at step 0: letter by letter"
+    base, arm = evaluate(config), trained(config, 0)
+    assert evaluate(config.model_copy(update=dict(arm="forward"))) == arm
+    pd.testing.assert_frame_equal(read_rows(arm).drop(columns="run_id"), read_rows(base).drop(columns="run_id"))
+
+
+def another_model(folder, copy):
+    "The same model but for one number"
+    from safetensors.torch import load_file, save_file
+    copy = Path(shutil.copytree(folder, copy))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_run_is_measured_on_the_weights_it_was_made_with(config, folder, tmp_path, monkeypatch):
+    "A folder that has changed is refused; one that has moved is found by `run` and `model`"
+    moved = Path(shutil.copytree(config.model, tmp_path / "moved"))
+    asked = config.model_copy(update=dict(model=str(moved)))
+    base, arm = evaluate(asked), trained(asked, .5)
+    another_model(config.model, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", moved)
+    says = r"was made with weights sha256:\w{12}\.\.\., .*moved is now sha256:\w{12}\.\.\.; pass the revision or folder"
+    monkeypatch.setattr(module, "load_policy", None)
+    for run in (base, arm):
+        with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(run=str(run.path))))
+    with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(arm="forward")))
+    monkeypatch.undo()
+    assert evaluate(config.model_copy(update=dict(run=str(arm.path)))) == arm
+    assert module.base_run(asked) != base                         # the changed model is another untrained model
+
+
+def test_a_hub_model_is_taken_at_the_commit_of_the_run(tmp_path, monkeypatch):
+    "Unless another revision is asked for"
+    commit, seen = "c" * 40, []
+    monkeypatch.setattr(module, "check_model", lambda name, revision="", code=False: seen.append(revision) or Spec(name, "a/b", revision=revision))
+    monkeypatch.setattr(module, "model_id", lambda spec: spec.revision)
+    run = Run.create(tmp_path, "a/b", "forward", 0, dict(weights=commit)).finish({})
+    assert run_spec(run, EvaluateConfig(model="a/b", runs=str(tmp_path))).revision == commit
+    with pytest.raises(UserError, match="was made with weights c{19}..., a/b is now d{19}..."): run_spec(run, EvaluateConfig(model="a/b", revision="d" * 40))
+    run.update_json("config.json", dict(identity=dict(), resolved=dict(revision="v1")))
+    assert run_spec(run, EvaluateConfig(model="a/b", runs=str(tmp_path))).revision == "v1"
+    assert seen == [commit, "d" * 40, "v1"]
+
+
+def test_rows_that_are_not_current_are_not_read(config, folder):
+    "Run again with replace, but without its data: the old rows lie there and do not count"
+    run = evaluate(config)
+    items = (folder / "quiz.jsonl").read_text()
+    (folder / "quiz.jsonl").unlink()
+    evaluate(config.model_copy(update=dict(replace=True)))
+    assert (run / "evals" / "quiz.parquet").is_file() and set(skipped(run)) == {"quiz"} and set(read_rows(run).task) == {"expression"}
+    with pytest.raises(UserError, match="no evaluations"): read_rows(run, ["quiz"])
+    (folder / "quiz.jsonl").write_text(items)
+    assert set(read_rows(evaluate(config)).task) == {"quiz", "expression"} and skipped(run) == {}
 
 
 def test_what_is_there_is_kept(config, monkeypatch):
