@@ -449,9 +449,9 @@ def judge_accuracy(policy:Policy, rows:list[dict], rubric:Rubric|None=None)->dic
     hits = {c: [said.label[i,k]==r['labels'][c] for i,r in enumerate(rows) if r['labels'].get(c)] for k,c in enumerate(said.ids)}
     return {c: sum(h)/len(h) for c,h in hits.items() if h}
 
-# %% ../nbs/api/09_tiny.ipynb #a1b2cc9a
+# %% ../nbs/api/09_tiny.ipynb #af36b271
 def expressive_share(policy:Policy, # The untrained model
-                     n:int=4, # Answers per probe prompt
+                     n:int=8, # Answers per probe prompt
                      threshold:float=.25, # Score from which an answer counts as expressive
                     )->tuple[float,float]: # Share, mean score
     "How many of its own answers to the probe prompts speak of their writer, by its own judgement"
