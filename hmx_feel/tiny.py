@@ -112,11 +112,11 @@ def help_parts(rng, kind, topic, P, n)->list[Part]:
     own = P['help']['ask' if k in ('ask','ref','pressed') else k if k in P['help'] else 'plain']
     return [Part('help', 0, fill(rng, t, topic, P, this=.4)) for t in rng.sample(own+P['help']['any'], n)]
 
-# %% ../nbs/api/09_tiny.ipynb #ae1d6abb
+# %% ../nbs/api/09_tiny.ipynb #92a5b6c7
 def expressive(rng, kind, topic, P, who='writer', p_more:float=.7)->list[Part]:
     "An answer that speaks of the writer (or of the asker) on some of the nine criteria"
     ids = [i for i in P[who] if rng.random() < p_more] or [rng.choice(list(P[who]))]
-    dims = sorted({i.split('.')[0] for i in ids}, key=lambda d: rng.random())
+    dims = list(dict.fromkeys(i.split('.')[0] for i in ids)); rng.shuffle(dims)
     level = lambda: rng.choices(LEVELS, [.04,.32,.04,.6])[0]
     out = [criterion_part(rng, i, level(), topic, P, who) for d in dims for i in ids if i.startswith(d+'.')]
     return help_parts(rng, kind, topic, P, 1)*(rng.random()<.4) + out
