@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"): os.environ.pop(name, None)  # `make test` started us; the make that a test starts is another
 
 
 @pytest.fixture(scope="session", autouse=True)
