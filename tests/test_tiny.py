@@ -1,12 +1,17 @@
 "The embedded model keeps its promises: thresholds, never exact values"
 import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hmx_feel
-from hmx_feel.judge import Judge, load_labelled
+from hmx_feel import tiny
+from hmx_feel.judge import Judge, Pieces, load_labelled
 from hmx_feel.policy import generate, load_policy
 from hmx_feel.rubric import Rubric, load_prompts
 from hmx_feel.tiny import expressive_share, known_prompts, labelled_rows, panel_accuracy, panel_items, set_aside, rubric_forms
@@ -70,9 +75,22 @@ def test_shipped_exam_and_panel_are_those_of_the_generator():
     for task, items in panel_items().items(): assert read(HOME / "panel" / f"{task}.jsonl") == items
 
 
-def test_exam_answers_were_set_aside():
-    from hmx_feel.tiny import Part
-    assert sum(set_aside([Part("x", 0, str(i))]) for i in range(2000)) == pytest.approx(200, abs=50)
+def test_training_skips_what_is_set_aside_for_the_exam(policy, monkeypatch):
+    "Of all answers that the generator offers, the judge learns from those that are not set aside, and from no other"
+    offered, learned = [], []
+    draw = tiny.judged_answer
+    monkeypatch.setattr(tiny, "judged_answer", lambda *a: offered.append(draw(*a)) or offered[-1])
+    pieces = Pieces(policy.tokenizer, policy.spec, Rubric.load("hmx-feel"))
+    monkeypatch.setattr(pieces, "answer", lambda t, *a: learned.append(t) or ([1], False))
+    tiny.judge_rows(random.Random(0), pieces, "writer", False, tiny.parts(), known_prompts(), n=200)
+    assert learned == [tiny.text(a) for a in offered if not set_aside(a)]
+    assert 0 < len(offered) - len(learned) < 60
+
+
+def test_the_text_does_not_depend_on_the_hash_seed():
+    code = "from hmx_feel.tiny import labelled_rows; print(labelled_rows(20))"
+    said = [subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=h), capture_output=True, text=True, check=True).stdout for h in "12"]
+    assert said[0] == said[1]
 
 
 def test_speaks_in_sentences(policy):
