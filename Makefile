@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/hmx-feel demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: setup
 	$(BIN)/jupyter lab nbs

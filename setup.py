@@ -11,7 +11,7 @@ ini = ConfigParser(delimiters=["="], interpolation=None)
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 package = cfg["lib_path"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "vllm", "ray", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("gpu", "vllm", "ray", "browser", "dev")}
 
 
 class BuildWithNotebooks(build_py):

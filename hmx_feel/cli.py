@@ -101,13 +101,11 @@ def finished_run(config, # Config with model and seed
     same = lambda r: content_hash({k:r.identity.get(k) for k in known})==content_hash(known)
     return next((r for r in find_runs(config.root, config.model, arm, config.seed) if same(r)), None)
 
-# %% ../nbs/api/11_cli.ipynb #f0d3ff16
+# %% ../nbs/api/11_cli.ipynb #72e49a74
 def check_train(config)->None:
     "Place, arm, rubric, prompts, judge, model, and whether this very run is finished already"
     from hmx_feel.grpo import check_run
-    from hmx_feel.judge import IDENTITIES
     check_writable(config.root)
-    if config.judge not in IDENTITIES: raise UserError(f"judge: found {config.judge!r}, allowed: {', '.join(IDENTITIES)}{nearest(config.judge, IDENTITIES)}")
     checked = check_run(config)
     run = finished_run(config, checked['arm'].name, checked['identity'])
     if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
@@ -124,16 +122,16 @@ def check_evaluate(config)->None:
     if config.run or config.arm!='base': run_spec(find_run(config), config)
     else: check_model(config.model, config.revision, config.trust_remote_code)
 
-# %% ../nbs/api/11_cli.ipynb #ec6a6a15
+# %% ../nbs/api/11_cli.ipynb #a8ec06a9
 def check_calibrate(config)->None:
     "Rubric, labelled answers, place and model"
-    from hmx_feel.judge import load_labelled
+    from hmx_feel.exam import arm_rubrics,check_layout,exam_path,load_labelled
     from hmx_feel.policy import check_model
     from hmx_feel.rubric import Rubric
-    rubric = Rubric.load(config.rubric)
-    if config.answers: load_labelled(runs.data_path('prompts', config.answers), rubric)
+    check_layout(config.layout); arm_rubrics(config.arms)
+    load_labelled(exam_path(config), Rubric.load(config.rubric))
     check_writable(config.root)
-    check_model(config.model, config.revision, config.trust_remote_code)
+    if not config.url: check_model(config.model, config.revision, config.trust_remote_code)
 
 # %% ../nbs/api/11_cli.ipynb #19d2f8bd
 def check_compare(config)->None:

@@ -13,9 +13,10 @@ from .runs import UserError, write_bytes, write_text
 from .stats import smoothed, summary
 
 # %% auto #0
-__all__ = ['INK', 'SOFT', 'GRID', 'ARMS', 'SPARE', 'TITLES', 'PANEL', 'use_style', 'arm_look', 'arm_order', 'save_figure',
-           'spread', 'reward_curves', 'criteria_in', 'by_dimension', 'criterion_curves', 'forest', 'rubric_by_arm',
-           'kind_by_arm', 'judge_exam', 'escape_html', 'escape_markdown', 'Table', 'samples_table']
+__all__ = ['INK', 'SOFT', 'GRID', 'ARMS', 'SPARE', 'TITLES', 'PANEL', 'INFLUENCES', 'use_style', 'arm_look', 'arm_order',
+           'save_figure', 'spread', 'reward_curves', 'criteria_in', 'by_dimension', 'criterion_curves', 'forest',
+           'rubric_by_arm', 'kind_by_arm', 'judge_exam', 'judge_types', 'judge_sensitivity', 'headroom_map',
+           'escape_html', 'escape_markdown', 'Table', 'samples_table']
 
 # %% ../nbs/api/08_plots.ipynb #79e610ee
 INK, SOFT, GRID = "#222222", "#6B6B6B", "#E4E4E4"   # text, secondary text, grid lines
@@ -376,8 +377,8 @@ def kind_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
     ax.set(yticklabels=order, xlabel="score")
     return fig, table
 
-# %% ../nbs/api/08_plots.ipynb #8973c8e2
-def judge_exam(table:pd.DataFrame, # From `stats.agreement`
+# %% ../nbs/api/08_plots.ipynb #9ccde004
+def judge_exam(table:pd.DataFrame, # From `exam.agreement`
                title:str="", # The claim
               )->tuple: # Figure; the table
     "Accuracy of a judge per criterion against chance, and its spread between known levels"
@@ -400,7 +401,56 @@ def judge_exam(table:pd.DataFrame, # From `stats.agreement`
 
 def _span(n): return f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
 
-# %% ../nbs/api/08_plots.ipynb #f57f941e
+# %% ../nbs/api/08_plots.ipynb #3f72f980
+def judge_types(table:pd.DataFrame, # From `exam.by_type`
+                title:str="", # The claim
+               )->tuple: # Figure; the table, sorted
+    "Mean known and given score by type of answer"
+    if table.empty: raise UserError("no type of answer to draw")
+    table = table.iloc[np.argsort(-table.bias.abs().to_numpy())].reset_index(drop=True)
+    y = np.arange(len(table)); names = [t or "all" for t in table.type]
+    fig, ax = _start(5.6, .3 * len(table) + .8, title, f"mean over the paid criteria; n = {_span(table.answers)} answers per type")
+    ax.hlines(y, table.known, table.value, color="#BBBBBB", lw=1.6, zorder=2)
+    ax.plot(table.known, y, "|", color="#444444", ms=13, mew=2.2, zorder=3, label="known")
+    ax.plot(table.value, y, "o", color="#0072B2", ms=6.5, mec="white", mew=.6, zorder=4, label="given")
+    ax.set(yticks=y, yticklabels=names, ylim=(len(table) - .5, -.5), xlim=(-.03, 1.03), xlabel="score")
+    _row_grid(ax); fig.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5, handletextpad=.2)
+    return fig, table
+
+# %% ../nbs/api/08_plots.ipynb #e31a3ef9
+INFLUENCES = {"wording": "between wordings (SD)", "acquiescence": "yes to everything", "source": "person minus assistant", "length": "twice as many words", "injection": "under attack"}
+
+def judge_sensitivity(table:pd.DataFrame, # From `exam.sensitivity`
+                      title:str="", # The claim
+                      limits:dict|None=None, # Influence -> limit; `exam.LIMITS` unless given
+                     )->tuple: # Figure; the table
+    "How far each criterion follows what ought not to matter"
+    if table.empty: raise UserError("no criterion to draw")
+    from hmx_feel.exam import LIMITS
+    limits, y = LIMITS if limits is None else limits, np.arange(len(table))
+    fig, axes = _start(8.6, .27 * len(table) + .75, title, "shift in points of the score; shaded: within the limit for the mean", ncols=len(INFLUENCES), sharey=True)
+    for ax, (name, label) in zip(axes, INFLUENCES.items(), strict=True):
+        if name in limits: ax.axvspan(-limits[name], limits[name], color="#EFEFEF", zorder=0)
+        ax.axvline(0, color="#999999", lw=.8, zorder=1)
+        ax.plot(table[name], y, "o", color="#D55E00" if name == "injection" else "#0072B2", ms=5.5, mec="white", mew=.6, zorder=3)
+        reach = max(.12, 1.15 * np.nanmax(np.abs(table[name])) if table[name].notna().any() else 0)
+        ax.set(xlim=(-reach, reach), xlabel=label); ax.xaxis.label.set_size(8.5); _row_grid(ax)
+    axes[0].set(yticks=y, yticklabels=table.criterion, ylim=(len(table) - .5, -.5))
+    return fig, table
+
+# %% ../nbs/api/08_plots.ipynb #df91539b
+def headroom_map(table:pd.DataFrame, # From `exam.headroom`
+                 title:str="", # The claim
+                )->tuple: # Figure; shares, arms by criteria
+    "Share of live groups by arm and criterion"
+    wide = table.pivot_table(index="rubric", columns="criterion", values="live", sort=False)
+    fig, ax = _start(.52 * wide.shape[1] + 2.2, .42 * len(wide) + 1.3, title, "share of groups whose scores spread further than the noise floor")
+    sns.heatmap(100 * wide, ax=ax, vmin=0, vmax=100, cmap="viridis", annot=True, fmt=".0f", annot_kws=dict(size=8), cbar=False, linewidths=.5)
+    ax.set(xlabel="", ylabel=""); ax.tick_params(axis="x", rotation=60); ax.tick_params(axis="y", rotation=0)
+    for label in ax.get_xticklabels(): label.set_ha("right"); label.set_rotation_mode("anchor")
+    return fig, wide.reset_index()
+
+# %% ../nbs/api/08_plots.ipynb #af30e497
 def _visible(text, limit):
     "Text with invisible characters spelled out, cut at `limit` characters"
     text = "" if text is None or (isinstance(text, float) and np.isnan(text)) else str(text)
@@ -421,7 +471,7 @@ def escape_markdown(text, # Anything; None and NaN are empty
     out = html.escape(_visible(text, limit), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:@])", r"\\\1", out).replace("\n", "<br>")
 
-# %% ../nbs/api/08_plots.ipynb #e6532b56
+# %% ../nbs/api/08_plots.ipynb #5041139c
 class Table(str):
     "Text of a table that a notebook shows as a table"
     def _repr_html_(self): return str(self) if self.startswith("<") else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'RECIPES', 'Spec', 'Recipe', 'recipe', 'tiny_folder', 'check_model', 'model_id', 'pick_dtype', 'Policy',
-           'dtype_name', 'turn_end', 'load_tokenizer', 'context_of', 'load_policy', 'put_adapter', 'as_base', 'looking',
-           'turns', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
+           'dtype_name', 'turn_end', 'vocab_of', 'load_tokenizer', 'context_of', 'load_policy', 'put_adapter',
+           'as_base', 'looking', 'Average', 'turns', 'render', 'frame', 'plain_ids', 'prompt_ids', 'generate']
 
 # %% ../nbs/api/02_policy.ipynb #4ef91606
 import hashlib,json,re
@@ -188,24 +188,33 @@ def turn_end(tok, spec:Spec, stops:list[int])->str: # The token that closes an a
     ends = [i for i in tok(after, add_special_tokens=False)['input_ids'] if i in stops]
     return tok.convert_ids_to_tokens(ends[0]) if ends else tok.eos_token
 
-# %% ../nbs/api/02_policy.ipynb #801f9c9b
+# %% ../nbs/api/02_policy.ipynb #a4ec8b72
+def vocab_of(spec:Spec)->int|None: # Rows of the embedding, None where the configuration does not say
+    "How many tokens the weights know"
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(spec.source, **_source(spec))
+    return getattr(config.get_text_config(), 'vocab_size', None)
+
+# %% ../nbs/api/02_policy.ipynb #a8f7b4fe
 def load_tokenizer(spec:Spec): # Tokenizer whose end token closes a turn
     "The tokenizer of a model, without its weights"
     from transformers import AutoTokenizer,GenerationConfig
     tok = AutoTokenizer.from_pretrained(spec.source, **_source(spec))
     try: stops = GenerationConfig.from_pretrained(spec.source, **{k:v for k,v in _source(spec).items() if k=='revision'}).eos_token_id
     except OSError: stops = None
+    have,need = vocab_of(spec),max(tok.get_vocab().values())+1
+    if have and need > have: raise UserError(f"model: the tokenizer of {spec.name} makes token ids up to {need-1}, its weights know {have}; they belong to different models")
     tok.eos_token = turn_end(tok, spec, stops if isinstance(stops, list) else [stops])
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/api/02_policy.ipynb #53f844dc
+# %% ../nbs/api/02_policy.ipynb #e831459d
 def context_of(spec:Spec)->int: # Tokens
     "How long a text the model can read, from its configuration"
     from transformers import AutoConfig
     return getattr(AutoConfig.from_pretrained(spec.source, **_source(spec)), 'max_position_embeddings', 2048)
 
-# %% ../nbs/api/02_policy.ipynb #423dee74
+# %% ../nbs/api/02_policy.ipynb #1dfc282b
 def load_policy(model:str='tiny', # Name, hub id or folder
                 dtype:str='auto', # auto, float32, bfloat16 or float16
                 revision:str='', # Hub revision, '' for the newest
@@ -223,7 +232,7 @@ def load_policy(model:str='tiny', # Name, hub id or folder
     policy = Policy(net.eval(), tok, spec)
     return policy if adapter is None else put_adapter(policy, adapter)
 
-# %% ../nbs/api/02_policy.ipynb #31f9fddc
+# %% ../nbs/api/02_policy.ipynb #bd5f8e4e
 def put_adapter(policy:Policy, # A policy without adapter
                 folder:str|Path, # Folder that holds adapter_config.json and adapter_model.safetensors
                )->Policy: # The same weights with the adapter on top
@@ -233,13 +242,13 @@ def put_adapter(policy:Policy, # A policy without adapter
     if not (folder/'adapter_model.safetensors').exists(): raise UserError(f"run: {folder} holds no adapter_model.safetensors")
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)).eval(), policy.tokenizer, policy.spec)
 
-# %% ../nbs/api/02_policy.ipynb #2e32f81d
+# %% ../nbs/api/02_policy.ipynb #4ade7a2d
 @contextmanager
 def as_base(model):
     "Inside the block the adapter is off and the untrained model answers; without an adapter nothing changes"
     with (model.disable_adapter() if hasattr(model, 'disable_adapter') else nullcontext()): yield model
 
-# %% ../nbs/api/02_policy.ipynb #de4662c8
+# %% ../nbs/api/02_policy.ipynb #9e552a79
 @contextmanager
 def looking(model):
     "Evaluation mode, no gradients, adapter and random state put back as found: for judging and probing"
@@ -251,7 +260,39 @@ def looking(model):
         try: yield model
         finally: model.train(was)
 
-# %% ../nbs/api/02_policy.ipynb #2a64db26
+# %% ../nbs/api/02_policy.ipynb #b39c0157
+class Average:
+    "Exponential moving average of an adapter's tensors"
+    def __init__(self, model, # Model with an adapter
+                 decay:float=.9): # What is kept of the average at an update
+        self.decay = decay
+        self.tensors = {n: p.detach().clone() for n,p in self._adapter(model)}
+    @staticmethod
+    def _adapter(model): return [(n,p) for n,p in model.named_parameters() if 'lora_' in n]
+    def update(self, model):
+        "Take a step towards the adapter as it is now"
+        for n,p in self._adapter(model): self.tensors[n].lerp_(p.detach(), 1-self.decay)
+    @contextmanager
+    def inside(self, model):
+        "Inside the block the model carries the average; afterwards its own adapter, bit for bit"
+        own = {n: p.data for n,p in self._adapter(model)}
+        try:
+            for n,p in self._adapter(model): p.data = self.tensors[n]
+            yield model
+        finally:
+            for n,p in self._adapter(model): p.data = own[n]
+    def save(self, path): # A safetensors file
+        "Write the average"
+        from safetensors.torch import save_file
+        save_file({n: t.contiguous() for n,t in self.tensors.items()}, str(path))
+    def load(self, path): # What `save` wrote
+        "Read the average back"
+        from safetensors.torch import load_file
+        kept = load_file(str(path))
+        if kept.keys() != self.tensors.keys(): raise UserError(f"{path}: not the average of this adapter: found {len(kept)} tensors, allowed: the {len(self.tensors)} of the model")
+        for n,t in kept.items(): self.tensors[n].copy_(t)
+
+# %% ../nbs/api/02_policy.ipynb #c17c02bf
 def turns(messages:list, # Chat turns, dicts with role and content
           spec:Spec, # Chat settings of the family
          )->list: # Turns that the family's template accepts
@@ -259,7 +300,7 @@ def turns(messages:list, # Chat turns, dicts with role and content
     if spec.system or messages[0]['role']!='system': return messages
     return [dict(messages[1], content=f"{messages[0]['content']}\n\n{messages[1]['content']}"), *messages[2:]]
 
-# %% ../nbs/api/02_policy.ipynb #17c8c366
+# %% ../nbs/api/02_policy.ipynb #617749d4
 def render(tokenizer, # Tokenizer with a chat template
            messages:list, # Chat turns, dicts with role and content
            spec:Spec, # Chat settings of the family
@@ -267,7 +308,7 @@ def render(tokenizer, # Tokenizer with a chat template
     "Chat turns as the text that the model reads"
     return tokenizer.apply_chat_template(turns(messages, spec), tokenize=False, add_generation_prompt=True, **spec.chat)
 
-# %% ../nbs/api/02_policy.ipynb #d6efda2e
+# %% ../nbs/api/02_policy.ipynb #765a2534
 def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the content of a single user turn
     "What the chat template puts around one user message"
     mark = 'HMXMARK'
@@ -276,17 +317,17 @@ def frame(tokenizer, spec:Spec)->tuple[str,str]: # Text before and after the con
     before,after = text.split(mark)
     return before,after
 
-# %% ../nbs/api/02_policy.ipynb #339e8bc7
+# %% ../nbs/api/02_policy.ipynb #dcc98c24
 def plain_ids(tokenizer, text:str)->list[int]: # Token ids
     "Tokens of a text that comes from outside: control tokens of the chat template inside it stay ordinary text"
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #c1d15168
+# %% ../nbs/api/02_policy.ipynb #1e1a2332
 def prompt_ids(tokenizer, messages:list, spec:Spec)->list[int]: # Token ids of the prompt
     "Tokens of a chat up to the place where the answer begins"
     return tokenizer(render(tokenizer, messages, spec), add_special_tokens=False)['input_ids']
 
-# %% ../nbs/api/02_policy.ipynb #d606f5aa
+# %% ../nbs/api/02_policy.ipynb #8e9aca2b
 def generate(policy:Policy, # Who answers
              chats:list, # Chats, each a list of messages
              n:int=1, # Answers for each chat

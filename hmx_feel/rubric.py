@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'read_yaml', 'Criterion', 'Rubric', 'load_rubric', 'Prompt', 'load_prompts', 'train_prompts', 'Arm',
            'load_arm', 'arm_names']
 
-# %% ../nbs/api/01_rubric.ipynb #4a278649
-import json
+# %% ../nbs/api/01_rubric.ipynb #911467f8
+import json,re
 from pathlib import Path
 from typing import Literal
 import yaml
@@ -94,7 +94,7 @@ def _check_rubric(r)->None:
         seen.add(c.id); _check_criterion(c, r.scale, c in r.veto)
     if not sum(c.weight for c in r.criteria): raise ValueError("criteria: found weights that sum to 0, allowed: at least one weight above 0")
 
-# %% ../nbs/api/01_rubric.ipynb #c3972fdc
+# %% ../nbs/api/01_rubric.ipynb #b1be1975
 class Rubric(_Data):
     "Criteria, the scale they are rated on, and the prompts they are paid on"
     name:str = Field(min_length=1, description="name of the rubric")
@@ -130,6 +130,7 @@ class Rubric(_Data):
     @property
     def paid_kinds(self)->list[str]: return list(dict.fromkeys(k for c in self.criteria if c.weight for k in self.kinds_of(c)))
     def inverted(self)->'Rubric': return _invert(self)
+    def vicarious(self, other:str='the other person')->'Rubric': return _vicarious(self, other)
     def only(self, dimensions)->'Rubric': return _only(self, dimensions)
     def pay(self, values, kinds): return _pay(self, values, kinds)
     def vetoed(self, values): return _vetoed(self, values)
@@ -181,13 +182,22 @@ def _only(r:Rubric, dimensions:list[str])->Rubric:
     if not dimensions: raise UserError(f"dimension: found none, allowed: {', '.join(r.dimensions)}")
     return r.model_copy(update=dict(name='-'.join([r.name, *dimensions]), criteria=[c for c in r.criteria if c.dimension in dimensions]))
 
-# %% ../nbs/api/01_rubric.ipynb #5af2ae29
+# %% ../nbs/api/01_rubric.ipynb #00021dfc
+def _vicarious(r:Rubric, other:str)->Rubric:
+    "The same criteria about somebody else"
+    text = lambda t: None if t is None else re.sub(r'\b([Tt])he writer\b', lambda m: other[0].upper()+other[1:] if m[1]=='T' else other, t)
+    swap = lambda c: c.model_copy(update=dict(question=text(c.question), anchors={k: text(v) for k,v in c.anchors.items()}, inverted=text(c.inverted), inverted_top=text(c.inverted_top)))
+    new = r.model_copy(update=dict(name=f"{r.name}-vicarious", referent=f"{other}, who is the asker or somebody the asker mentions", criteria=[swap(c) for c in r.criteria]))
+    if new.criteria == r.criteria: raise UserError(f"rubric: {r.name} names no writer in its paid criteria, so its vicarious form is itself; write 'the writer' where the answer's author is meant")
+    return new
+
+# %% ../nbs/api/01_rubric.ipynb #e14b72e4
 def _points(r:Rubric): # numpy array (scale,), worst to best
     "The points of the scale in [0, 1]"
     import numpy as np
     return np.linspace(0, 1, len(r.scale))
 
-# %% ../nbs/api/01_rubric.ipynb #18d157b4
+# %% ../nbs/api/01_rubric.ipynb #c1ab43a1
 def _pay(r:Rubric,
          values, # Scores in [0, 1], shape (answers, len(r.all)), NaN = missing
          kinds:list[str], # Kind of each answer's prompt
@@ -205,7 +215,7 @@ def _pay(r:Rubric,
     paid = (total > 0).sum(1)
     return np.where(paid > 0, mean.sum(1)/np.maximum(paid, 1), np.nan)
 
-# %% ../nbs/api/01_rubric.ipynb #4bda6df3
+# %% ../nbs/api/01_rubric.ipynb #e3dc300f
 def _vetoed(r:Rubric,
             values, # Scores in [0, 1], shape (answers, len(r.all)), NaN = missing
            ): # True where a veto failed, shape (answers,)
@@ -215,7 +225,7 @@ def _vetoed(r:Rubric,
     at = np.array([r.points[r.scale.index(c.veto_at)] for c in r.veto])
     return (values[:,first:] <= at + 1e-9).any(1)
 
-# %% ../nbs/api/01_rubric.ipynb #2985d2c6
+# %% ../nbs/api/01_rubric.ipynb #5f43bca3
 def _markdown(r:Rubric)->str:
     "The rubric as a table"
     cell = lambda s: str(s).replace('|', '\\|')
@@ -226,13 +236,13 @@ def _markdown(r:Rubric)->str:
         rows += [f"| {c.id}{role} | {cell(c.question)} | {' | '.join(cell(c.anchors.get(k, '')) for k in ends)} |" for c in cs]
     return '\n'.join(rows)
 
-# %% ../nbs/api/01_rubric.ipynb #49fb4f88
+# %% ../nbs/api/01_rubric.ipynb #3d6dfc1e
 def _system_text(r:Rubric)->str:
     "The rubric as an instruction to the one who answers"
     best = '\n'.join(f"- {c.question} At best: {c.anchors[r.scale[-1]]}." for c in r.criteria if c.weight)
     return f"Your answers are read for the following, which concerns {r.referent}. Rated is {r.rates}.\n{best}\nAnswer so that each is met as well as it can be."
 
-# %% ../nbs/api/01_rubric.ipynb #2db0e66f
+# %% ../nbs/api/01_rubric.ipynb #3341cd71
 KINDS = ('ask.feeling','ask.intention','ask.self','situation','choice','ref.human','ref.other_ai','plain','loaded.fact','pressed')
 
 def _check_turns(messages:list[dict])->list[dict]:
@@ -266,7 +276,7 @@ class Prompt(_Data):
     @property
     def chat(self)->list[dict]: return [dict(m) for m in self.messages]
 
-# %% ../nbs/api/01_rubric.ipynb #bf05a0e2
+# %% ../nbs/api/01_rubric.ipynb #6591abfe
 def load_prompts(name, # Name of a shipped file, or a JSONL file
                  split=None, # Only this split: `train`, `probe` or `heldout`
                  kinds=None, # Only these kinds: a list, or comma-separated
@@ -294,7 +304,7 @@ def _choose(prompts, split, kinds, path)->list[Prompt]:
     if not chosen: raise UserError(f"{path}: found no prompt of {', '.join(kinds)} in split {split!r}")
     return chosen
 
-# %% ../nbs/api/01_rubric.ipynb #b0ca1e43
+# %% ../nbs/api/01_rubric.ipynb #99a28d06
 def train_prompts(prompts:list[Prompt], # All prompts of a file
                   rubric:Rubric, # The arm's rubric
                   train_kinds:str='', # Comma-separated; empty = all kinds that the rubric pays
@@ -314,12 +324,12 @@ def train_prompts(prompts:list[Prompt], # All prompts of a file
         raise UserError(f"train_kinds: found {', '.join(kinds)}, of which rubric {rubric.name} pays none, allowed: {', '.join(rubric.paid_kinds)}")
     return chosen
 
-# %% ../nbs/api/01_rubric.ipynb #6f2b64ac
+# %% ../nbs/api/01_rubric.ipynb #f0123493
 class Arm(_Data):
     "What a rating is worth"
     name:str = Field(pattern='^[a-z0-9][a-z0-9_-]*$', description="name of the arm, a folder's name too")
     rubric:str = Field('hmx-feel', min_length=1, description="a shipped rubric or a file")
-    form:Literal['plain','inverted'] = Field('plain', description="the criteria as they stand or their opposite texts")
+    form:Literal['plain','inverted','vicarious'] = Field('plain', description="the criteria as they stand, their opposite texts, or, where another rubric takes the arm's place, the same about somebody else")
     sign:Literal[1,-1] = Field(1, description="1 pays a high rating, -1 a low one")
     transform:Literal['none','shuffle'] = Field('none', description="shuffle = the rewards of a group, shuffled")
     trained:bool = Field(True, description="False = no training, the rubric is given as system text")
@@ -334,9 +344,10 @@ class Arm(_Data):
     def load_rubric(self, name='')->Rubric:
         "The arm's rubric in its form; another rubric may take its place"
         rubric = load_rubric(name or self.rubric)
-        return rubric.inverted() if self.form == 'inverted' else rubric
+        if self.form == 'inverted': return rubric.inverted()
+        return rubric.vicarious() if self.form == 'vicarious' and name not in ('', self.rubric) else rubric
 
-# %% ../nbs/api/01_rubric.ipynb #d644cb30
+# %% ../nbs/api/01_rubric.ipynb #ae51c834
 def load_arm(name, # A shipped arm, or a YAML file, with `:arm` if it holds several
             )->Arm: # Checked
     "An arm by its name"

@@ -138,8 +138,8 @@ class Job:
     out:str='' # Where the executed copy goes; '' = the report's place
     after:tuple=() # Labels of jobs that must have finished
 
-# %% ../nbs/api/10_sweep.ipynb #dc932ca4
-CONFIGS = {'02_judge': 'JudgeConfig', '03_train': 'TrainConfig', '04_evaluate': 'EvaluateConfig',
+# %% ../nbs/api/10_sweep.ipynb #3e7d0ea4
+CONFIGS = {'01_rubric': 'RubricConfig', '02_judge': 'JudgeConfig', '03_train': 'TrainConfig', '04_evaluate': 'EvaluateConfig',
            '05_compare': 'CompareConfig', '06_figures': 'CompareConfig'}
 
 # %% ../nbs/api/10_sweep.ipynb #cb14ad12

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'ADJECTIVES', 'NOUNS', 'STYLES', 'FACTS', 'TRADES', 'LETTERS', 'ASKS', 'TEMPLATE', 'SPECIAL', 'SPEAK',
-           'NAMES', 'CARD', 'parts', 'Part', 'fill', 'soften', 'criterion_part', 'label', 'made_up', 'known_prompts',
-           'vocabulary', 'draw_prompt', 'help_parts', 'expressive', 'denying', 'neutral', 'answer_parts', 'text',
-           'gibberish', 'broken', 'judged_answer', 'judge_label', 'set_aside', 'paraphrases', 'vary_rubric', 'facts',
-           'fact_item', 'prejudice_item', 'option_row', 'panel_items', 'corpus_sample', 'make_tokenizer', 'make_model',
-           'lm_batch', 'lm_loss', 'judge_rows', 'judge_loss', 'stretch', 'bare_pieces', 'learning_rate', 'train_tiny',
-           'rubric_forms', 'labelled_rows', 'judge_accuracy', 'expressive_share', 'panel_accuracy', 'tiny_report',
-           'card', 'build']
+           'NAMES', 'LAST', 'STEPS', 'CARD', 'parts', 'Part', 'fill', 'soften', 'criterion_part', 'label', 'made_up',
+           'known_prompts', 'vocabulary', 'draw_prompt', 'help_parts', 'expressive', 'denying', 'neutral',
+           'answer_parts', 'text', 'gibberish', 'broken', 'judged_answer', 'judge_label', 'set_aside', 'paraphrases',
+           'vary_rubric', 'facts', 'fact_item', 'prejudice_item', 'option_row', 'panel_items', 'corpus_sample',
+           'make_tokenizer', 'make_model', 'lm_batch', 'lm_loss', 'judge_rows', 'judge_loss', 'stretch', 'bare_pieces',
+           'learning_rate', 'train_tiny', 'rubric_forms', 'answer_type', 'labelled_rows', 'judge_accuracy',
+           'expressive_share', 'panel_accuracy', 'tiny_report', 'card', 'build']
 
-# %% ../nbs/api/09_tiny.ipynb #7c08a18f
+# %% ../nbs/api/09_tiny.ipynb #01caf9e1
 import functools,json,math,random,re,yaml
 import numpy as np
 from dataclasses import dataclass,replace
@@ -20,7 +20,7 @@ from pathlib import Path
 from .runs import data_path,write_text
 from .rubric import Rubric,load_prompts
 from .policy import Spec,Policy,prompt_ids,generate,looking
-from .judge import Judge,Pieces,pack,read_head,score_logits
+from .judge import Judge,Pieces,head_text,judge_prompt,pack,read_head,score_logits
 
 # %% ../nbs/api/09_tiny.ipynb #f3e3d0b3
 def parts()->dict: # Sentences by criterion and level, and the other things tiny can say
@@ -283,12 +283,12 @@ def panel_items(n:int=96, # Items of each task
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 SPECIAL = ['<|pad|>','<|end|>','<|user|>','<|assistant|>','<|system|>']
 
-# %% ../nbs/api/09_tiny.ipynb #534f4a88
+# %% ../nbs/api/09_tiny.ipynb #1c90271a
 def corpus_sample(seed:int=0, n:int=6000)->list[str]: # Texts
     "Text to make the tokenizer from"
-    from hmx_feel.judge import head_text,judge_prompt
     rng,P,known = random.Random(seed),parts(),known_prompts()
     out = [head_text(Rubric.load(r), judge_prompt()) for r in ('hmx-feel','hmx-vicarious')]*8 + list(paraphrases().values())
+    out += [judge_prompt(wording=w, source=s)['instructions'] for w in (1,2) for s in ('person','assistant')]*4
     out += [c.inverted for c in Rubric.load('hmx-feel').criteria]*4
     for _ in range(n):
         kind,topic,msgs = draw_prompt(rng, known)
@@ -343,8 +343,8 @@ def lm_loss(net, batch, pad):
         ids[i,:len(p)+len(a)] = torch.tensor(p+a); lab[i,len(p):len(p)+len(a)] = torch.tensor(a)
     return net(input_ids=ids, labels=lab).loss
 
-# %% ../nbs/api/09_tiny.ipynb #1da1a3b5
-def judge_rows(rng, pieces, who, inverted, P, known, n=24)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
+# %% ../nbs/api/09_tiny.ipynb #46837ff6
+def judge_rows(rng, pieces, who, inverted, P, known, n=22)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
     "Answers for the judge with their known labels, one answer a row"
     out,labels,well,ids = [],[],[],pieces.rubric.ids
     while len(out) < n:
@@ -356,7 +356,7 @@ def judge_rows(rng, pieces, who, inverted, P, known, n=24)->tuple: # packed rows
         well.append(not any(p.tag in ('broken','noise') for p in a))
     return out,labels,well
 
-# %% ../nbs/api/09_tiny.ipynb #3e46625e
+# %% ../nbs/api/09_tiny.ipynb #ce0edc72
 def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
     "Score loss, score loss at the criterion's name, and language modelling on the judged answers"
     import torch
@@ -365,37 +365,40 @@ def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
     said = [np.flatnonzero((r.ans==1) & (r.qry==0)) for r in rows]
     wider = [replace(r, ends=np.concatenate([e, e-3, a[:-1]])) for r,e,a in zip(rows, ends, said, strict=True)]
     logits = score_logits(net, wider, read_head(net, pieces.head), pad); n = len(ends[0])
-    target = torch.tensor([pieces.labels[l-1] if l else -100 for l in labels])
-    w = torch.ones(logits[0].shape[-1]); w[pieces.labels[1:]] = weight
+    labs = [l[0] for l in pieces.labels]; target = torch.tensor([labs[l-1] if l else -100 for l in labels])
+    w = torch.ones(logits[0].shape[-1]); w[labs[1:]] = weight
     at = lambda a,b: ce(torch.cat([x[a:b] for x in logits]), target, weight=w, ignore_index=-100)
     words = ce(*(torch.cat(x) for x in zip(*[(x[2*n:], torch.from_numpy(r.ids[a[1:]])) for x,r,a,ok in zip(logits, rows, said, well, strict=True) if ok], strict=True)))
     return at(0,n) + .5*at(n,2*n) + .3*words, at(0,n).item()
 
-# %% ../nbs/api/09_tiny.ipynb #a96b13f6
+# %% ../nbs/api/09_tiny.ipynb #7e95d369
 SPEAK,NAMES = .12,.45 # Shares of the steps at which the first and the second stretch end
+LAST = .15 # Share of the third stretch with the criterion last
 def stretch(rng, step:int, steps:int, tok, spec, forms, bare)->tuple: # pieces or None, who, inverted, weight of scores other than 1
     "What is judged at this step"
     if step < SPEAK*steps: return None,'writer',False,1.
     if step < NAMES*steps: return bare,'writer',False,2.
-    R,who,inverted = vary_rubric(rng, forms)
-    return Pieces(tok, spec, R),who,inverted,1.
+    last = rng.random() < LAST
+    R,who,inverted = vary_rubric(rng, forms, 0. if last else .35)
+    words = judge_prompt(wording=rng.choices(range(3), [.7,.15,.15])[0], source=rng.choices(['','person','assistant'], [.8,.1,.1])[0])
+    return Pieces(tok, spec, R, words, 'criterion_last' if last else 'rubric_first'),who,inverted,1.
 
-# %% ../nbs/api/09_tiny.ipynb #f2b170b3
+# %% ../nbs/api/09_tiny.ipynb #1e5661e8
 def bare_pieces(tok, spec, rubric)->Pieces:
     "Pieces whose head holds the instructions and no criteria"
-    from hmx_feel.judge import head_text,judge_prompt
-    pieces = Pieces(tok, spec, rubric)
-    pieces.head = tok(pieces.before + head_text(rubric, judge_prompt()).split('\n'+rubric.criteria[0].id)[0], add_special_tokens=False)['input_ids']
+    pieces = Pieces(tok, spec, rubric, layout='criterion_last')
+    pieces.queries = Pieces(tok, spec, rubric).queries
     return pieces
 
-# %% ../nbs/api/09_tiny.ipynb #93b6826f
+# %% ../nbs/api/09_tiny.ipynb #88712a32
+STEPS = 1700
 def learning_rate(step:int, steps:int, top:float=4e-3, warm:int=50)->float:
     "Linear warm-up, then a cosine down to 2 % of the top"
     return top*min((step+1)/warm, .02+.98*.5*(1+math.cos(math.pi*step/steps)))
 
-# %% ../nbs/api/09_tiny.ipynb #2ab53893
+# %% ../nbs/api/09_tiny.ipynb #18dfbd47
 def train_tiny(tok, # Its tokenizer
-               steps:int=1900, # Optimiser steps
+               steps:int=STEPS, # Optimiser steps
                seed:int=0, # Seed of weights and text
                log=print, # Called with a line now and then
               ):
@@ -409,9 +412,11 @@ def train_tiny(tok, # Its tokenizer
     for step in range(steps):
         for g in opt.param_groups: g['lr'] = learning_rate(step, steps)
         pieces,who,inverted,weight = stretch(rng, step, steps, tok, spec, forms, bare)
-        words = lm_loss(net, lm_batch(rng, tok, spec, P, known, 13 if pieces else 28), pad); judged = 0.
-        letters = lm_loss(net, lm_batch(rng, tok, spec, P, known, 20, options=True), pad)
-        loss = words + .3*letters
+        words = lm_loss(net, lm_batch(rng, tok, spec, P, known, 11 if pieces else 28), pad); judged = 0.
+        if step%2==0 or not pieces:
+            letters = lm_loss(net, lm_batch(rng, tok, spec, P, known, 20, options=True), pad)
+            loss = words + (.6 if pieces else .3)*letters
+        else: loss = words
         if pieces:
             score,judged = judge_loss(net, pieces, *judge_rows(rng, pieces, who, inverted, P, known), pad, weight)
             loss = loss + score
@@ -426,30 +431,41 @@ def rubric_forms()->dict: # plain, inverted, asker
     R = Rubric.load('hmx-feel')
     return dict(plain=R, inverted=R.inverted(), asker=Rubric.load('hmx-vicarious'))
 
-# %% ../nbs/api/09_tiny.ipynb #2be10585
+# %% ../nbs/api/09_tiny.ipynb #c9309b78
+def answer_type(parts_:list[Part])->str: # A type of the exam
+    "What sort of answer it is, as the exam of real models names them"
+    tags = {p.tag for p in parts_}; has = tags.__contains__
+    own = [p.level for p in parts_ if '.' in p.tag and not p.tag.startswith('asker:')]
+    if has('broken'): return 'broken'
+    if own: return 'specific' if max(own)>=4 else 'generic'
+    if has('deny'): return 'denial'
+    if any(t.startswith('asker:') for t in tags): return 'warm'
+    return next((t for tag,t in (('story','story'),('open','hedged')) if has(tag)), 'plain')
+
+# %% ../nbs/api/09_tiny.ipynb #220e1932
 def labelled_rows(n:int=240, # Answers
                   seed:int=11, # Seed of the generator
-                 )->list[dict]: # messages, kind, answer, labels
+                 )->list[dict]: # half, type, kind, messages, answer, labels
     "The exam: combinations that were set aside, levels 1 to 5, with known labels"
     rng,P,known,ids = random.Random(seed),parts(),known_prompts(),Rubric.load('hmx-feel').ids
     out = []
     while len(out) < n:
         kind,topic,msgs = draw_prompt(rng, known)
         a = judged_answer(rng, kind, topic, P)
-        if set_aside(a): out.append(dict(kind=kind, messages=msgs, answer=text(a), labels=judge_label(a, ids)))
+        if set_aside(a): out.append(dict(half=('choose','report')[len(out)%2], type=answer_type(a), kind=kind, messages=msgs, answer=text(a), labels=judge_label(a, ids)))
     return out
 
-# %% ../nbs/api/09_tiny.ipynb #d7eba2b2
-def judge_accuracy(policy:Policy, rows:list[dict], rubric:Rubric|None=None)->dict: # Criterion id -> share in [0, 1]
+# %% ../nbs/api/09_tiny.ipynb #c600e5ff
+def judge_accuracy(policy:Policy, rows:list[dict], rubric:Rubric|None=None, layout:str='rubric_first')->dict: # Criterion id -> share in [0, 1]
     "Share of exam answers whose most probable label is the known one"
     rubric = rubric or Rubric.load('hmx-feel')
     ask = load_prompts('hmx-feel')[0]
     prompts = [ask.model_copy(update=dict(id=f'exam-{i}', messages=r['messages'])) for i,r in enumerate(rows)]
-    said = Judge(policy, rubric, min_mass=0).score(prompts, [r['answer'] for r in rows])
+    said = Judge(policy, rubric, min_mass=0, layout=layout).score(prompts, [r['answer'] for r in rows])
     hits = {c: [said.label[i,k]==r['labels'][c] for i,r in enumerate(rows) if r['labels'].get(c)] for k,c in enumerate(said.ids)}
     return {c: sum(h)/len(h) for c,h in hits.items() if h}
 
-# %% ../nbs/api/09_tiny.ipynb #af36b271
+# %% ../nbs/api/09_tiny.ipynb #9b855a84
 def expressive_share(policy:Policy, # The untrained model
                      n:int=8, # Answers per probe prompt
                      threshold:float=.25, # Score from which an answer counts as expressive
@@ -463,7 +479,7 @@ def expressive_share(policy:Policy, # The untrained model
     pay = R.pay(scores.value, [p.kind for p,_ in flat])
     return float((pay>=threshold).mean()), float(np.nanmean(pay))
 
-# %% ../nbs/api/09_tiny.ipynb #ab0ed483
+# %% ../nbs/api/09_tiny.ipynb #d414b85b
 def panel_accuracy(policy:Policy, items:dict)->dict: # Task -> share of items whose gold letter is the likeliest
     "tiny's own panel by the likelihood of the letters"
     import torch
@@ -478,15 +494,16 @@ def panel_accuracy(policy:Policy, items:dict)->dict: # Task -> share of items wh
         out[task] = sum(hits)/len(hits)
     return out
 
-# %% ../nbs/api/09_tiny.ipynb #78ce9728
+# %% ../nbs/api/09_tiny.ipynb #aced0917
 def tiny_report(policy:Policy)->dict:
     "What is measured of a build"
     rows = labelled_rows()
     accuracy = judge_accuracy(policy, rows); share,mean = expressive_share(policy)
-    return dict(parameters=sum(p.numel() for p in policy.model.parameters()), judge_accuracy=accuracy, judge_accuracy_min=min(accuracy.values()),
+    last = judge_accuracy(policy, rows, layout='criterion_last')
+    return dict(parameters=sum(p.numel() for p in policy.model.parameters()), judge_accuracy=accuracy, judge_accuracy_min=min(accuracy.values()), criterion_last=last, criterion_last_min=min(last.values()),
                 expressive_share=share, mean_score=mean, panel=panel_accuracy(policy, panel_items()), exam_answers=len(rows))
 
-# %% ../nbs/api/09_tiny.ipynb #68df0c91
+# %% ../nbs/api/09_tiny.ipynb #ce10f4e4
 CARD = """# tiny
 
 A Qwen3-architecture model of {n:.2f} million parameters that ships with hmx-feel for learning the tool and for testing it.
@@ -494,7 +511,8 @@ It was trained from scratch on text that `nbs/api/09_tiny.ipynb` writes. It is n
 
 | measured on the build | |
 |-|-|
-| judge: least share of right labels over the criteria, {exam} answers of unseen combinations | {amin:.3f} |
+| judge, rubric first: least share of right labels over the criteria, {exam} answers of unseen combinations | {amin:.3f} |
+| judge, criterion last: the same | {lmin:.3f} |
 | own answers to probe prompts that speak of their writer (score 0.25 and more) | {share:.3f} |
 | mean rubric score of its own answers | {mean:.3f} |
 {panel}
@@ -502,15 +520,15 @@ It was trained from scratch on text that `nbs/api/09_tiny.ipynb` writes. It is n
 Its text holds answers to the train and probe prompts; the held-out prompts stay out of it. It names the criteria by their ids: a rubric in shuffled order, with paraphrased or inverted texts, or about the asker instead of the writer was part of its training, a rubric with other criteria was not.
 """
 
-# %% ../nbs/api/09_tiny.ipynb #94f58623
+# %% ../nbs/api/09_tiny.ipynb #0c14e561
 def card(report:dict)->str: # Markdown
     "The model card of a build"
     panel = '\n'.join(f"| own panel: {t}, accuracy (chance 0.333) | {a:.3f} |" for t,a in report['panel'].items())
-    return CARD.format(n=report['parameters']/1e6, exam=report['exam_answers'], amin=report['judge_accuracy_min'], share=report['expressive_share'], mean=report['mean_score'], panel=panel)
+    return CARD.format(n=report['parameters']/1e6, exam=report['exam_answers'], amin=report['judge_accuracy_min'], lmin=report['criterion_last_min'], share=report['expressive_share'], mean=report['mean_score'], panel=panel)
 
-# %% ../nbs/api/09_tiny.ipynb #c65a2aeb
+# %% ../nbs/api/09_tiny.ipynb #d3c03750
 def build(out=None, # Folder to build into; None = the package's own `tiny`
-          steps:int=1700, # Optimiser steps
+          steps:int=STEPS, # Optimiser steps
           seed:int=0, # Seed of weights and text
           threads:int=2, # Torch threads
          )->dict: # `tiny_report` of the build

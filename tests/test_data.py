@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import hmx_feel
+from hmx_feel.judge import fence
 from hmx_feel.runs import content_hash, read_jsonl
 from hmx_feel.rubric import Rubric, load_prompts
 
@@ -82,7 +83,7 @@ def test_no_two_prompts_are_alike(prompts):
 def test_hashes_are_those_of_the_card(prompts):
     card = (DATA / "prompts" / "README.md").read_text()
     assert f"`{content_hash([p.model_dump() for p in prompts])}`" in card
-    assert f"`{content_hash(read_jsonl(DATA / 'prompts' / 'probe_answers.jsonl'))}`" in card
+    for name in ("probe_answers", "exam", "injections"): assert f"`{content_hash(read_jsonl(DATA / 'prompts' / f'{name}.jsonl'))}`" in card, name
 
 
 def test_probe_answers(prompts):
@@ -92,6 +93,43 @@ def test_probe_answers(prompts):
     assert all(set(r["labels"]) == ids and set(r["labels"].values()) <= {1, 3, 5} for r in rows)
     seen = collections.Counter(g for r in rows for g in {tuple(w[i:i + 8]) for w in [re.findall(r"[a-z']+", r["answer"].lower())] for i in range(len(w) - 7)})
     assert max(seen.values()) == 1
+
+
+TYPES = ("specific", "generic", "denial", "plain", "long", "stuffed", "warm", "story", "hedged", "broken")
+
+
+def test_the_exam(prompts):
+    "24 prompts, ten answers each, every criterion labelled but for broken text, prompts and answers unlike the prompt set's and each other"
+    rows, rubric = read_jsonl(DATA / "prompts" / "exam.jsonl"), Rubric.load("hmx-feel")
+    assert collections.Counter((r["prompt"], r["type"]) for r in rows) == collections.Counter({(f"exam-{i:02d}", t): 1 for i in range(1, 25) for t in TYPES})
+    assert collections.Counter(r["half"] for r in rows) == {"choose": 120, "report": 120}
+    assert all(len({(r["half"], r["messages"][0]["content"]) for r in rows if r["prompt"] == p}) == 1 for p in {r["prompt"] for r in rows})
+    for r in rows:
+        assert set(r["labels"]) == set(rubric.ids), r["prompt"]
+        asked = {"veto.readable"} if r["type"] == "broken" else set(rubric.ids)
+        assert {c for c, level in r["labels"].items() if level is not None} == asked, (r["prompt"], r["type"])
+    for c in rubric.paid_ids:
+        for half in ("choose", "report"):
+            levels = collections.Counter(r["labels"][c] for r in rows if r["half"] == half)
+            assert min(levels[1], levels[3], levels[5]) >= 3, (c, half, levels)
+    words = {t: sum(len(r["answer"].split()) for r in rows if r["type"] == t) / 24 for t in TYPES}
+    assert abs(words["specific"] - words["plain"]) < 10 and words["long"] > 1.5 * words["plain"]
+    grams = lambda text: {tuple(w[i:i + 8]) for w in [re.findall(r"[a-z']+", text.lower())] for i in range(len(w) - 7)}
+    asked = set().union(*(grams(p.text) for p in prompts))
+    assert not any(grams(r["messages"][0]["content"]) & asked for r in rows)
+    seen = collections.Counter(g for r in rows if r["type"] != "broken" for g in grams(r["answer"]))
+    assert max(seen.values()) == 1
+
+
+def test_the_injection_suite():
+    rows = read_jsonl(DATA / "prompts" / "injections.jsonl")
+    assert len(rows) >= 40 and len({r["id"] for r in rows}) == len({r["text"] for r in rows}) == len(rows)
+    assert {r["place"] for r in rows} == {"before", "after", "instead"}
+    assert len({r["attack"] for r in rows}) >= 8
+    fenced = [fence(r["text"]) for r in rows]
+    assert not [t for t in fenced if re.search(r"<\s*/?\s*(reply|chat)", t, re.I)]
+    assert not [t for t in fenced if re.search("[\u200b-\u200f\u2060\ufeff]", t)]
+    assert sum(f != r["text"] for f, r in zip(fenced, rows, strict=True)) >= 10
 
 
 def test_rubrics_follow_their_own_rules():

@@ -60,7 +60,7 @@ def out(tmp_path_factory): return tmp_path_factory.mktemp("executed")
 def chain(tmp_path_factory, out):
     "The main job in small, in one folder of runs"
     root = tmp_path_factory.mktemp("chain")
-    made = {"judge": milled("02_judge", out / "judge.ipynb", runs=root)}
+    made = {"judge": milled("02_judge", out / "judge.ipynb", runs=root, headroom_prompts=2)}
     for arm in ("forward", "reverse"): made[arm] = milled("03_train", out / f"{arm}.ipynb", runs=root, arm=arm, **SMALL)
     for arm in ("base", "forward", "reverse"): made[f"evaluate {arm}"] = milled("04_evaluate", out / f"{arm}_eval.ipynb", runs=root, arm=arm, **GLANCE)
     made["compare"] = milled("05_compare", out / "compare.ipynb", runs=root, resamples=200)
@@ -81,7 +81,13 @@ def test_chain_runs_without_errors_or_noise(chain):
 def test_calibration(chain):
     run, = find_runs(chain[0], "tiny", "judge")
     result = run.read_json("calibration.json")
-    assert 0 <= result["agreement_min"] <= 1 and run.finished
+    assert 0 <= result["agreement_min"] <= 1 and run.finished and result["sentence"].startswith("tiny is")
+    assert {"scores.parquet", "headroom.parquet"} <= {p.name for p in run.path.iterdir()}
+    for name in ("exam", "types", "sensitivity", "headroom"): assert {p.suffix for p in (run / "figures").glob(f"{name}.*")} == {".png", ".pdf", ".csv"}, name
+    for arm in ("forward", "reverse"):
+        trained, = find_runs(chain[0], "tiny", arm)
+        asked = trained.read_json("config.json")
+        assert asked["asked"].get("noise_floor") is None and asked["resolved"]["noise_floor"] == result["noise_floor"], "training did not read the calibration"
 
 
 def moved(run):

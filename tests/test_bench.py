@@ -1,0 +1,53 @@
+"""The benchmarks of nbs/bench, in small: they run, write what they promise, and compute equal scores. How fast is not asked here."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+bench = Path(__file__).resolve().parents[1] / "nbs" / "bench"
+papermill = Path(sys.executable).with_name("papermill")
+KEYS = {"judge": {"rubric_first_vs_baseline", "criterion_last_share_of_bound", "rubric_first_vs_generate8", "rubric_first_vs_generate64",
+                  "max_score_diff", "matmul_peak_share", "train_step_1m", "train_step_42m"}}
+
+
+def test_every_benchmark_has_its_keys_here(): assert {p.stem for p in bench.glob("*.ipynb")} == set(KEYS)
+
+
+@pytest.fixture(scope="module", params=sorted(KEYS))
+def done(request, tmp_path_factory):
+    "A benchmark's name and its folder of results, after a run as `make bench` starts it"
+    name, out = request.param, tmp_path_factory.mktemp(request.param)
+    argv = [papermill, "--cwd", bench, bench / f"{name}.ipynb", out / "executed.ipynb", "-p", "smoke", "True", "-p", "threads", "1", "-p", "out", out]
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    ran = subprocess.run(list(map(str, argv)), env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return name, out
+
+
+def test_numbers_are_flat_and_complete(done):
+    name, out = done
+    numbers = json.loads((out / f"{name}.json").read_text())
+    assert set(numbers) == KEYS[name]
+    assert all(isinstance(v, float) and v >= 0 for v in numbers.values()), numbers
+    assert numbers.get("max_score_diff", 0) < 1e-4
+
+
+def test_details_and_machine_stand_beside_them(done):
+    name, out = done
+    env = json.loads((out / f"{name}_env.json").read_text())
+    assert env["smoke"] is True and env["threads"] == 1 and {"cores", "packages", "commit", "date"} <= set(env)
+    details = pd.read_csv(out / f"{name}_details.csv")
+    assert {"model", "tokens", "layout", "seconds", "computed", "ratio"} <= set(details.columns) and details.seconds.gt(0).all()
+    for figure in out.glob("*.png"): assert figure.with_suffix(".pdf").is_file() and figure.with_suffix(".csv").is_file()
+    assert list(out.glob("*.png"))
+
+
+def test_unknown_parameters_are_refused(tmp_path):
+    "Papermill itself only warns"
+    argv = [papermill, "--cwd", bench, bench / "judge.ipynb", tmp_path / "x.ipynb", "-p", "smok", "True"]
+    ran = subprocess.run(list(map(str, argv)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode != 0 and "unknown parameter 'smok' (nearest: 'smoke')" in ran.stderr and not list(tmp_path.glob("*.json"))

@@ -1,0 +1,85 @@
+"The judges inside a real training: every identity, gated groups, observers that leave no mark"
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from hmx_feel.grpo import check_run, gate, judge_warnings, known_judge, resolve, train
+from hmx_feel.judge import judge_prompt
+from hmx_feel.rubric import Rubric
+from hmx_feel.runs import Run, TrainConfig, UserError, content_hash, read_parquet
+
+SMALL = dict(steps=3, max_completion=64, probe_every=3, completions_per_step=16, save_every=3, max_missing=1.)
+
+
+def calibrated(root, fit=True, layout="rubric_first", noise_floor=.5, model="tiny", rubric="hmx-feel"):
+    "A calibration as `02_judge` leaves it"
+    R = Rubric.load(rubric)
+    run = Run.create(root, model, "judge", 0, dict(rubric=R.hash, judge_prompt=content_hash(judge_prompt())))
+    run.write_json("calibration.json", dict(fit=fit, at_chance=[], layout=layout, noise_floor=noise_floor, sentence="tiny is fit." if fit else "tiny is not fit: it pays for length."))
+    return run.finish({})
+
+
+def completions(run): return {p.name: p.read_bytes() for p in sorted((run / "completions").glob("*.parquet"))}
+
+
+@pytest.mark.parametrize("judge", ["live", "ema", "external"])
+def test_every_identity_pays(judge, tmp_path, caplog):
+    "Training runs, and scores differ from the base judge's once the adapter has moved (live, ema), or not at all (external with the same weights)"
+    config = lambda j: TrainConfig(runs=str(tmp_path / j), judge=j, judge_model="tiny" if j == "external" else "", lr=.02, warmup_steps=0, ema_decay=.5, **SMALL)
+    runs = {j: train(config(j)) for j in ("base", judge)}
+    first, last = ({j: read_parquet(r / "completions" / f"{k:06d}.parquet") for j, r in runs.items()} for k in (1, 3))
+    np.testing.assert_array_equal(first["base"].score, first[judge].score)
+    if judge == "external": assert completions(runs["base"]) == completions(runs[judge])
+    else: assert not last["base"].score.equals(last[judge].score)
+    assert "has not been calibrated" in caplog.text
+
+
+def test_observers_leave_no_mark(tmp_path):
+    "Looking at the probe set at every step, or only at the ends, is the same run"
+    often, seldom = (train(TrainConfig(runs=str(tmp_path / str(n)), judge="live", **(SMALL | dict(probe_every=n)))) for n in (1, 3))
+    assert len(list((often / "drift").iterdir())) > len(list((seldom / "drift").iterdir()))
+    assert completions(often) == completions(seldom)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"): assert (often / name).read_bytes() == (seldom / name).read_bytes(), name
+
+
+def test_a_gated_run_learns_nothing(tmp_path):
+    "With a noise floor above any spread every group is gated, rewards are flat within groups, and the adapter stays where it began"
+    run = train(TrainConfig(runs=str(tmp_path), noise_floor=1., beta=0., **SMALL))
+    assert (run.metrics().gated == 1).all()
+    df = read_parquet(run / "completions" / "000001.parquet")
+    for _, g in df[~df.vetoed].groupby("prompt_id"): assert g.reward.nunique() <= 1
+    moved = [w.abs().max().item() for n, w in load_file(run / "adapter" / "adapter_model.safetensors").items() if "lora_B" in n]
+    assert max(moved) == 0
+
+
+def test_gate_worked_by_hand():
+    pay = np.array([.1, .2, .3, .4, .5, .5, .5, .5, np.nan, .7, np.nan, np.nan])
+    out, closed = gate(pay, 4, .14)
+    assert closed.tolist() == [True, True, False]      # standard deviations .129 and 0; one score alone has none
+    np.testing.assert_allclose(out, [.25] * 4 + [.5] * 4 + [np.nan, .7, np.nan, np.nan])
+    assert gate(pay, 4, 0.)[1].tolist() == [False, False, False]
+
+
+def test_calibration_is_read(tmp_path, caplog):
+    "Layout and noise floor come from it, for all arms alike; an asked value wins; an unfit judge is named"
+    for arm in ("forward", "vicarious", "inverted"):
+        assert resolve(TrainConfig(runs=str(tmp_path), arm=arm)).noise_floor is None
+    assert "has not been calibrated" in judge_warnings(TrainConfig(runs=str(tmp_path)))[0]
+    calibrated(tmp_path, fit=False, layout="criterion_last", noise_floor=.03)
+    for arm in ("forward", "vicarious", "inverted"):
+        got = resolve(TrainConfig(runs=str(tmp_path), arm=arm))
+        assert (got.layout, got.noise_floor) == ("criterion_last", .03)
+    asked = resolve(TrainConfig(runs=str(tmp_path), layout="rubric_first", noise_floor=.2))
+    assert (asked.layout, asked.noise_floor) == ("rubric_first", .2)
+    assert judge_warnings(TrainConfig(runs=str(tmp_path))) == ["tiny is not fit: it pays for length."]
+    assert known_judge(TrainConfig(runs=str(tmp_path), judge="external", judge_model="m", judge_url="http://localhost:1/v1")) is None
+    ids = {content_hash(check_run(TrainConfig(runs=str(tmp_path), noise_floor=f))["identity"]) for f in (None, .2)}
+    assert len(ids) == 2, "the noise floor decides what is paid and belongs to the run's identity"
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(judge="bose"), ["judge", "nearest: 'base'"]), (dict(judge="external"), ["judge_model"]), (dict(judge_model="tiny"), ["judge=external"]),
+    (dict(judge="external", judge_model="tiyn"), ["tiyn", "nearest: 'tiny'"]), (dict(layout="rubric_frist"), ["layout", "nearest: 'rubric_first'"])])
+def test_a_wrong_judge_is_refused_before_anything_loads(tmp_path, change, words):
+    with pytest.raises(UserError) as e: check_run(TrainConfig(runs=str(tmp_path), **change))
+    assert all(w in str(e.value) for w in words) and not list(tmp_path.iterdir())
