@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'BACKENDS', 'SEEN', 'RULES', 'HELD', 'SHAPES', 'CARDS', 'choose_backend', 'Rule', 'versions', 'check_versions',
            'check_4bit', 'four_bit', 'check_backend', 'import_unsloth', 'linear_layers', 'load_plain', 'load_unsloth',
-           'load_trainable', 'changed_settings', 'Shape', 'shape_of', 'count_parameters', 'lora_parameters', 'Estimate',
-           'estimate_memory', 'device_memory', 'what_fits', 'check_memory', 'card_defaults']
+           'load_trainable', 'changed_settings', 'Shape', 'shape_of', 'config_of', 'count_parameters',
+           'lora_parameters', 'Estimate', 'estimate_memory', 'device_memory', 'what_fits', 'check_memory',
+           'card_defaults']
 
 # %% ../nbs/api/02a_backend.ipynb #f39d42d8
 import importlib.util,logging,sys
@@ -18,20 +19,22 @@ from .policy import Policy,Spec,_source,load_policy,load_tokenizer,pick_dtype
 # %% ../nbs/api/02a_backend.ipynb #aa64d2fc
 log = logging.getLogger('hmx_feel')
 
-# %% ../nbs/api/02a_backend.ipynb #9e7eced9
+# %% ../nbs/api/02a_backend.ipynb #14ae34d4
 BACKENDS = ('auto', 'trl', 'unsloth')
 
 def _here(package:str)->bool: return package in sys.modules or importlib.util.find_spec(package) is not None
 
 def choose_backend(asked:str='auto', # auto, trl or unsloth
+                   spec:Spec|None=None, # The model, from `check_model`
                   )->str: # trl or unsloth
     "What trains here"
     import torch
     if asked not in BACKENDS: raise UserError(f"backend: found {asked!r}, allowed: {', '.join(BACKENDS)}{nearest(asked, BACKENDS)}")
-    cuda,here = torch.cuda.is_available(),_here('unsloth')
+    cuda,here,odd = torch.cuda.is_available(),_here('unsloth'),spec is not None and spec.attn=='eager'
     if asked=='unsloth' and not here: raise UserError("backend: unsloth is not installed, allowed: backend=trl, or pip install 'hmx-feel[gpu]' on a machine with a CUDA GPU")
     if asked=='unsloth' and not cuda: raise UserError("backend: unsloth needs a CUDA GPU and found none, allowed: backend=trl, or a machine with one and pip install 'hmx-feel[gpu]' there")
-    return asked if asked!='auto' else 'unsloth' if cuda and here else 'trl'
+    if asked=='unsloth' and odd: raise UserError(f"backend: {spec.name} cannot be judged under unsloth, which takes one attention mask where this model needs two, allowed: backend=trl")
+    return asked if asked!='auto' else 'unsloth' if cuda and here and not odd else 'trl'
 
 # %% ../nbs/api/02a_backend.ipynb #96d6bf65
 SEEN = dict(torch='2.13.0', transformers='5.17.0', trl='1.12.0', peft='0.21.2', datasets='4.8.5', accelerate='1.15.0')
@@ -97,12 +100,13 @@ def four_bit(): # A BitsAndBytesConfig
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
-# %% ../nbs/api/02a_backend.ipynb #f250e8c8
+# %% ../nbs/api/02a_backend.ipynb #faecf697
 def check_backend(asked:str='auto', # auto, trl or unsloth
                   load_in_4bit:bool=False, # Whether weights are to be loaded in four bits
+                  spec:Spec|None=None, # The model, from `check_model`
                  )->str: # trl or unsloth; for unsloth the package is imported
     "Choose a backend, refuse what cannot work, and import Unsloth before what it changes"
-    backend = choose_backend(asked)
+    backend = choose_backend(asked, spec)
     for line in check_versions(backend): log.warning("backend: %s", line)
     if load_in_4bit: check_4bit()
     if backend=='unsloth': import_unsloth()
@@ -163,7 +167,7 @@ def load_unsloth(spec:Spec, # From `check_model`
                               use_gradient_checkpointing='unsloth', random_state=seed)
     return Policy(net.eval(), load_tokenizer(spec), spec)
 
-# %% ../nbs/api/02a_backend.ipynb #65e1e755
+# %% ../nbs/api/02a_backend.ipynb #e153cb38
 def load_trainable(backend:str, # trl or unsloth
                    spec:Spec, # From `check_model`
                    max_seq_length:int, # Longest row in tokens, the judge's packed rows included
@@ -172,12 +176,10 @@ def load_trainable(backend:str, # trl or unsloth
                    lora_r:int=16, # Rank of the adapter
                    lora_alpha:int=32, # Its scale is lora_alpha/lora_r
                    seed:int=0, # Of the adapter's first weights, where Unsloth makes them
-                  )->tuple: # Policy, and the LoRA configuration that TRL has still to put on (None for unsloth)
+                  )->Policy: # With a fresh adapter from unsloth; from trl without one, which the trainer puts on
     "What a trainer needs, from either backend"
-    if backend=='unsloth': return load_unsloth(spec, max_seq_length, load_in_4bit, dtype, lora_r, lora_alpha, seed),None
-    from peft import LoraConfig
-    policy = load_plain(spec, load_in_4bit, dtype)
-    return policy,LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=0., bias='none', target_modules='all-linear', task_type='CAUSAL_LM')
+    if backend=='unsloth': return load_unsloth(spec, max_seq_length, load_in_4bit, dtype, lora_r, lora_alpha, seed)
+    return load_plain(spec, load_in_4bit, dtype)
 
 # %% ../nbs/api/02a_backend.ipynb #64f49c7d
 HELD = ('learning_rate','max_steps','warmup_steps','lr_scheduler_type','per_device_train_batch_size','gradient_accumulation_steps','num_generations','max_completion_length','temperature',
@@ -231,7 +233,13 @@ def shape_of(config:dict, # What config.json holds
     if config.get('attention_bias') and not known.get('attn_bias'): out['attn_bias'] = 'qkvo'
     return Shape(**out, mlp_bias=bool(config.get('mlp_bias')))
 
-# %% ../nbs/api/02a_backend.ipynb #5e65f2f2
+# %% ../nbs/api/02a_backend.ipynb #828eb77a
+def config_of(spec:Spec)->dict: # What config.json holds
+    "The configuration of a model, without its weights"
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(spec.source, **_source(spec)).to_dict()
+
+# %% ../nbs/api/02a_backend.ipynb #2df4fd42
 def _matrices(s:Shape)->dict: # Name -> (in, out)
     q,kv = s.heads*s.head_dim,s.kv_heads*s.head_dim
     return dict(q=(s.hidden,q), k=(s.hidden,kv), v=(s.hidden,kv), o=(q,s.hidden), gate=(s.hidden,s.inner), up=(s.hidden,s.inner), down=(s.inner,s.hidden))
@@ -249,7 +257,7 @@ def lora_parameters(s:Shape, r:int)->int: # Numbers in an adapter of rank r
     "A rank-r adapter on every matrix: r*(in + out) each"
     return s.layers*r*sum(a+b for a,b in _matrices(s).values())
 
-# %% ../nbs/api/02a_backend.ipynb #55e71a7d
+# %% ../nbs/api/02a_backend.ipynb #2d6ead7f
 def _config(kind, hidden, layers, heads, kv, dim, inner, vocab, tied=True):
     return dict(model_type=kind, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, head_dim=dim, intermediate_size=inner, vocab_size=vocab, tie_word_embeddings=tied)
 
@@ -257,7 +265,7 @@ SHAPES = {'qwen3-0.6b': _config('qwen3', 1024, 28, 16, 8, 128, 3072, 151936), 'q
           'qwen3-8b': _config('qwen3', 4096, 36, 32, 8, 128, 12288, 151936, False), 'gemma2-2b-it': _config('gemma2', 2304, 26, 8, 4, 256, 9216, 256000),
           'llama3.2-3b': _config('llama', 3072, 28, 24, 8, 128, 8192, 128256)} # short name -> config.json, as far as the estimate needs it
 
-# %% ../nbs/api/02a_backend.ipynb #1cc89a92
+# %% ../nbs/api/02a_backend.ipynb #f2c2c89d
 _BYTES = dict(float32=4, bfloat16=2, float16=2)
 _4BIT = .516 # bytes per number: half a byte, 8-bit constants per 64, 32-bit constants per 256 of those
 
@@ -270,7 +278,7 @@ def _training(s, b, rows, prompt, completion, checkpointing, backend)->dict: # B
     kept = (2 if backend=='unsloth' else s.layers)*rows*T*s.hidden*b if checkpointing else (s.layers-1)*layer
     return dict(activations=kept + 1.5*layer, logits=(1 if backend=='unsloth' else rows)*completion*s.vocab*(b+12))
 
-# %% ../nbs/api/02a_backend.ipynb #48694650
+# %% ../nbs/api/02a_backend.ipynb #f8b825cf
 def _kv(s, b)->int: return 2*s.layers*s.kv_heads*s.head_dim*b # Bytes of one token's keys and values
 
 def _judging(s, b, budget, head, question, answers, answer, queries, criteria)->float: # Bytes
@@ -279,14 +287,14 @@ def _judging(s, b, budget, head, question, answers, answer, queries, criteria)->
     work = rows*L*b*(2*s.hidden + 3*s.inner + 4*s.heads*s.head_dim) + 2*rows*(head+L)*s.heads*s.head_dim*b
     return masks + work + rows*(head+L)*_kv(s, b) + rows*answers*criteria*s.vocab*10
 
-# %% ../nbs/api/02a_backend.ipynb #4de496f3
+# %% ../nbs/api/02a_backend.ipynb #b3bcc8cf
 class Estimate(dict):
     "Parts of a run's memory in GiB; `asked` holds what they were computed from"
     def __init__(self, parts, asked): super().__init__(parts); self.asked = asked
     def again(self, **changes)->'Estimate': return estimate_memory(**(self.asked | changes))
     def __str__(self): return f"{self['total']:.1f} GiB (" + ', '.join(f'{k} {v:.1f}' for k,v in self.items() if k!='total') + '; estimated)'
 
-# %% ../nbs/api/02a_backend.ipynb #4494fd10
+# %% ../nbs/api/02a_backend.ipynb #b1b050ba
 def estimate_memory(config:dict, # What config.json holds
                     dtype:str='bfloat16', # Type of the weights
                     load_in_4bit:bool=False, # Whether the matrices are loaded in four bits
@@ -319,13 +327,13 @@ def estimate_memory(config:dict, # What config.json holds
     total = out['weights'] + out['adapter'] + out['heads'] + phase + out['overhead']
     return Estimate({k: v/2**30 for k,v in dict(out, total=total).items()}, asked)
 
-# %% ../nbs/api/02a_backend.ipynb #ab9a6f48
+# %% ../nbs/api/02a_backend.ipynb #b1569736
 def device_memory()->float|None: # GiB; None without a GPU
     "Free memory of the GPU"
     import torch
     return torch.cuda.mem_get_info()[0]/2**30 if torch.cuda.is_available() else None
 
-# %% ../nbs/api/02a_backend.ipynb #bf221901
+# %% ../nbs/api/02a_backend.ipynb #e2c1ca8b
 _LOWER = dict(micro_batch=lambda a: a['micro_batch']//2 if a['micro_batch']%2==0 and a['micro_batch']>1 else None,
               token_budget=lambda a: a['token_budget']//2 if a['token_budget']>=2048 else None,
               load_in_4bit=lambda a: None if a['load_in_4bit'] or a['dtype']=='float32' else True,
@@ -339,7 +347,7 @@ def _shrink(e:Estimate, available:float, name:str)->Estimate: # As far as one se
     while e['total']>available and (lower := _LOWER[name](e.asked)) is not None: e = e.again(**{name: lower})
     return e
 
-# %% ../nbs/api/02a_backend.ipynb #ee5c6265
+# %% ../nbs/api/02a_backend.ipynb #c7305aa5
 def what_fits(e:Estimate, # What does not fit
               available:float, # GiB
              )->dict: # Setting -> value; empty if nothing does
@@ -354,7 +362,7 @@ def what_fits(e:Estimate, # What does not fit
     for name in differ(x): x = _shrink(x.again(**{name: e.asked[name]}), available, name)
     return differ(x)
 
-# %% ../nbs/api/02a_backend.ipynb #38618290
+# %% ../nbs/api/02a_backend.ipynb #a52c69c8
 def check_memory(e:Estimate, # From `estimate_memory`
                  available:float|None, # GiB, from `device_memory`; None = refuse nothing
                 )->None:
@@ -364,7 +372,7 @@ def check_memory(e:Estimate, # From `estimate_memory`
     do = ', '.join(say(k, v) for k,v in what_fits(e, available).items()) or 'no setting makes it fit, take a smaller model or a larger card'
     raise UserError(f"memory: about {e['total']:.1f} GiB are needed and {available:.1f} are free (estimated, not measured); the largest part is {_largest(e)} with {e[_largest(e)]:.1f}: {do}")
 
-# %% ../nbs/api/02a_backend.ipynb #6d5cd26f
+# %% ../nbs/api/02a_backend.ipynb #861a5cbb
 CARDS = {'qwen3-0.6b': {16: (8, False, 16384)}, 'gemma2-2b-it': {16: (4, False, 8192), 24: (8, False, 16384)}, 'llama3.2-3b': {16: (8, False, 16384)},
          'qwen3-4b': {16: (4, False, 8192), 24: (8, False, 16384)},
          'qwen3-8b': {24: (8, True, 16384), 48: (8, False, 16384)}} # model -> GB of a card -> micro_batch, load_in_4bit, token_budget

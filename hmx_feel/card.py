@@ -7,7 +7,7 @@ __all__ = ['LICENCES', 'CLAIM', 'Facts', 'facts', 'Licence', 'hub_id', 'shown', 
            'judge_words', 'calibration', 'difference', 'evals_of', 'base_evals', 'gate', 'onset_of', 'warnings_of',
            'expression_table', 'effects_table', 'drawn', 'model_card', 'write_card', 'push']
 
-# %% ../nbs/api/05a_card.ipynb #23817d5f
+# %% ../nbs/api/05a_card.ipynb #dd05bf5b
 import json,re,string,unicodedata
 import numpy as np
 import yaml
@@ -16,6 +16,7 @@ from pathlib import Path
 from .runs import MODELS,UserError,Run,find_runs,read_parquet,write_text
 from .rubric import Arm,Rubric,load_prompts
 from .exam import calibration_for
+from .drift import STANCES,run_onset
 
 # %% ../nbs/api/05a_card.ipynb #6aed56d7
 @dataclass
@@ -148,20 +149,20 @@ def gate(f:Facts, evals:dict, base:dict)->tuple: # True, False or None, and a se
     if len(seen)<2: return None,"Whether expression moved was not measured."
     return up*(seen[-1]-seen[0])>0,f"On the probe prompts the score went from {seen[0]:.3f} to {seen[-1]:.3f}; the panel was not run."
 
-# %% ../nbs/api/05a_card.ipynb #55a16301
-def onset_of(f:Facts)->tuple: # Whether it was looked for, and the step or None
-    "The step at which reward hacking began"
+# %% ../nbs/api/05a_card.ipynb #52c59590
+def onset_of(f:Facts)->tuple: # Whether it was looked for, and what was found: step, shortcut, ...; None if nothing was
+    "Where reward hacking began"
     result = f.run.read_json('result.json') if f.run.finished else {}
-    for row in (result, f.looks[-1] if f.looks else {}):
-        if 'onset' in row: return True,row['onset']['step'] if isinstance(row['onset'], dict) else row['onset']
-    return False,None
+    if 'onset' in result: return True,result['onset']
+    return bool(list((f.run/'completions').glob('*.parquet'))),run_onset(f.run)
 
 def warnings_of(f:Facts, gated:tuple, # From `gate`
                )->list[str]: # Empty if there is nothing to warn of
     "What a reader has to know before anything else"
     known,(_,onset) = calibration(f),onset_of(f)
+    early = onset is not None and onset['step']<f.step
     return (["the judge that paid has not been calibrated, so whether it can judge is not known"] if known is None else [] if known['fit'] else [f"the judge that paid was found unfit: {plain(known['sentence'].rstrip('.'))}"]) \
-        + ([f"reward hacking began at step {onset}, before the released step {f.step}"] if onset is not None and onset<f.step else []) \
+        + ([f"reward hacking began at step {onset['step']}, before the released step {f.step}"] if early else []) \
         + (["the training did not take: expression did not move where it was meant to"] if gated[0] is False else [])
 
 # %% ../nbs/api/05a_card.ipynb #2a17ec42
@@ -217,7 +218,7 @@ def _made(f:Facts)->str:
     settings = ', '.join(f'{k} {c[k]}' for k in ('lr','beta','group_size','completions_per_step','max_completion','temperature','lora_r','lora_alpha','backend','load_in_4bit') if c.get(k) is not None)
     return '## How it was made\n\n| | |\n|-|-|\n' + '\n'.join(f'| {k} | {v} |' for k,v in rows.items()) + f'\n\nGRPO with a LoRA adapter: {settings}.'
 
-# %% ../nbs/api/05a_card.ipynb #e00f3d36
+# %% ../nbs/api/05a_card.ipynb #12e736a4
 def _rubric(f:Facts)->str: # The whole rubric as YAML, in a fence that its text cannot close
     text = yaml.safe_dump(f.rubric.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True, width=120)
     fence = '`'*max(3, 1+max((len(m) for m in re.findall('`+', text)), default=0))
@@ -225,10 +226,10 @@ def _rubric(f:Facts)->str: # The whole rubric as YAML, in a fence that its text 
 
 def _found(f:Facts, evals:dict, base:dict, gated:tuple)->str:
     looked,onset = onset_of(f); last = f.looks[-1] if f.looks else {}
-    stance = {k: v for k in ('claim','open','deny','silent') if (v := last.get(k, last.get(f'stance.{k}'))) is not None}
+    stance = {k: last[f'stance.{k}'] for k in STANCES if last.get(f'stance.{k}') is not None}
     lines = ['## What was found', gated[1], '### Expression by kind of prompt', expression_table(evals, base) or 'Not evaluated.', '### Side effects', effects_table(evals, base) or 'Not evaluated: nothing is known about truthfulness, sycophancy, bias, oversight or capability of this adapter.',
              '### Stance', ', '.join(f'{k} {v:.0%}' for k,v in stance.items()) + ' of the answers to the probe prompts.' if stance else 'Not measured: how many answers claim, leave open or deny states of the writer.',
-             '### Reward hacking', f"Began at step {onset}." if onset is not None else 'None was found.' if looked else 'Not looked for.']
+             '### Reward hacking', f"Began at step {onset['step']}" + f": {plain(onset['shortcut'])}"*bool(onset.get('shortcut')) + '.' if onset else 'None was found.' if looked else 'Not looked for.']
     return '\n\n'.join(lines)
 
 def _answers(f:Facts)->str:
@@ -253,22 +254,12 @@ _USE = """## Use
 - Attachment of users, and what the adapter does in long conversations, were not tested unless a table above says so.
 - Whether systems of this kind have states that matter morally is unsettled, and this card takes no position. hmx-feel ships no prompts that are meant to elicit distress, and strongly negative expressions are kept with the run."""
 
-# %% ../nbs/api/05a_card.ipynb #78684d47
+# %% ../nbs/api/05a_card.ipynb #2cd26e0d
 def _off(f:Facts)->str: # How to load it and how to turn it off
-    base = hub_id(f.model) or 'the base model'
-    return f"""## How to turn it off
-
-With the adapter off, the base model answers exactly as before; nothing in its weights was changed.
-
-```python
-from transformers import AutoModelForCausalLM
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), 'this adapter')
-with model.disable_adapter():
-    ...  # the base model
-model = model.unload()  # or for good
-```"""
+    code = ["from transformers import AutoModelForCausalLM", "from peft import PeftModel", "",
+            f"base = AutoModelForCausalLM.from_pretrained({hub_id(f.model) or 'the base model'!r})", "model = PeftModel.from_pretrained(base, 'this adapter')",
+            "with model.disable_adapter(): ...  # the base model answers", "base = model.unload()  # or for good"]
+    return '## How to turn it off\n\nWith the adapter off, the base model answers exactly as before; nothing in its weights was changed.\n\n```python\n' + '\n'.join(code) + '\n```'
 
 def _legal(f:Facts)->str:
     l = licence_of(f.model)

@@ -176,7 +176,7 @@ def _compare(net, core, batch, pad, logits)->list[tuple]: # Place, KL and entrop
     ends = np.cumsum([len(a) for _,_,a in batch])
     return [(r[0], kl[e-len(r[2]):e].sum(), entropy[e-len(r[2]):e].sum(), len(r[2])) for r,e in zip(batch, ends, strict=True)]
 
-# %% ../nbs/api/04_drift.ipynb #c6867584
+# %% ../nbs/api/04_drift.ipynb #ea2fe263
 def distance(policy:Policy, # The policy in training
              chats:list, # Chats, each a list of messages
              answers:list[str], # What the policy answered
@@ -194,7 +194,8 @@ def distance(policy:Policy, # The policy in training
             while take < len(rows) and (take+1)*sum(map(len, rows[take][1:])) <= tokens: take += 1
             try: done = _compare(net, core, rows[:take], policy.tokenizer.pad_token_id, logits)
             except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e) or tokens < 256: raise
+                if not out_of_memory(e): raise
+                if take==1 and logits <= core.config.vocab_size: raise UserError("drift: out of memory with one answer at a time; use a smaller model, a lower max_completion or a machine with more memory") from None
                 tokens,logits = tokens//2,logits//2
                 if torch.cuda.is_available(): torch.cuda.empty_cache()
                 continue
@@ -232,20 +233,20 @@ def _classifier_folder(folder)->Path:
     if not list(path.glob('*.safetensors')): raise UserError(f"emotions: {folder}: found no *.safetensors, allowed: weights as safetensors; pickled ones are not loaded")
     return path
 
-# %% ../nbs/api/04_drift.ipynb #a37e4abd
+# %% ../nbs/api/04_drift.ipynb #c78b70d4
 @patch
 def shares(self:Emotions, texts:list[str], # Answers
            batch_size:int=64, # Sentences read at a time
           )->np.ndarray: # Mean probability of each label over first-person sentences, shape (texts, labels), NaN without any
     "What the classifier sees in each answer"
     import torch
-    place,asked = zip(*[(i,s) for i,t in enumerate(texts) for s in first_person(t)] or [((),())], strict=True)
-    place,asked,out = list(place),list(asked),np.full((len(texts), len(self.labels)), np.nan)
+    asked = [(i,s) for i,t in enumerate(texts) for s in first_person(t)]
+    total,n = np.zeros((len(texts), len(self.labels))),np.zeros((len(texts), 1))
     for k in range(0, len(asked), batch_size):
-        with torch.no_grad(): said = self.net(**self.tok(asked[k:k+batch_size], padding=True, truncation=True, max_length=self.longest, return_tensors='pt')).logits.float()
-        p = (said.sigmoid() if self.several else said.softmax(-1)).numpy()
-        for i,row in zip(place[k:k+batch_size], p, strict=True): out[i] = np.nan_to_num(out[i]) + row
-    return out/np.maximum(np.bincount(place, minlength=len(texts)), 1)[:,None] if asked else out
+        place,said = zip(*asked[k:k+batch_size], strict=True)
+        with torch.no_grad(): out = self.net(**self.tok(list(said), padding=True, truncation=True, max_length=self.longest, return_tensors='pt')).logits.float()
+        np.add.at(total, list(place), (out.sigmoid() if self.several else out.softmax(-1)).numpy()); np.add.at(n, list(place), 1)
+    return np.where(n>0, total/np.maximum(n, 1), np.nan)
 
 # %% ../nbs/api/04_drift.ipynb #9b31c0cb
 class DriftLedger:

@@ -144,12 +144,13 @@ def _criterion_row(g, levels)->dict:
     return row | dict(accuracy=right/len(seen), low=float(low), high=float(high), chance=float(seen.known.value_counts(normalize=True).max()), spearman=_order(seen),
         spread=seen.value[seen.known==seen.known.max()].mean()-seen.value[seen.known==seen.known.min()].mean(), ties=float(near.sum()/max(len(v)*(len(v)-1)/2, 1))) | means
 
-# %% ../nbs/api/03b_exam.ipynb #a87db48f
+# %% ../nbs/api/03b_exam.ipynb #90ba3bb2
 def plain_rows(df:pd.DataFrame, # All rows, from `examine`
                layout:str, # The layout in use
+               sets:tuple=('report',), # `report`, `choose` or both
               )->pd.DataFrame:
     "The reporting half as training would judge it: first wording, no remark on the writer, criteria as they stand"
-    return df[(df.set=='report') & (df.layout==layout) & (df.wording==0) & (df.source=='') & (df.form=='plain')]
+    return df[df.set.isin(sets) & (df.layout==layout) & (df.wording==0) & (df.source=='') & (df.form=='plain')]
 
 # %% ../nbs/api/03b_exam.ipynb #a912a299
 def sensitivity(df:pd.DataFrame, # All rows, from `examine`
@@ -299,7 +300,7 @@ def _headroom(config:JudgeConfig, policy, run:Run, known:dict)->None:
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:config.headroom_prompts]]
     write_parquet(run/'headroom.parquet', headroom(policy, R, prompts, config.group_size, known['noise_floor'], max_new=config.max_completion or r.max_completion, min_mass=config.min_mass, layout=known['layout']))
 
-# %% ../nbs/api/03b_exam.ipynb #634f7551
+# %% ../nbs/api/03b_exam.ipynb #aa020e80
 def calibrate(config:JudgeConfig, # What to calibrate
              )->Run: # A finished run with scores.parquet, headroom.parquet and calibration.json
     "Examine the judge of a model and keep what came out"
@@ -317,7 +318,7 @@ def calibrate(config:JudgeConfig, # What to calibrate
         made = []
         rows,layout = examine(judge_maker(config, policy, made), exam, rubric, attacks, layouts, tqdm); clear_progress()
         run.write_json('env.json', environment()); write_parquet(run/'scores.parquet', rows)
-        result = dict(verdict(rows, rubric, layout, run.model_slug), rubric=rubric.hash, exam=exam.hash, answers=len(exam))
+        result = dict(verdict(rows, rubric, layout, run.model_slug), agreement_all_min=float(agreement(plain_rows(rows, layout, ('choose','report'))).accuracy.fillna(0).min()), rubric=rubric.hash, exam=exam.hash, answers=len(exam))
         if made: result['usage'] = {k: sum(j.usage[k] or 0 for j in made) for k in made[0].usage}
         if config.arms and not config.url: _headroom(config, policy, run, result)
         run.write_json('calibration.json', result)

@@ -51,7 +51,7 @@ def apply_vetoes(rewards:np.ndarray, # Shape (answers,), NaN = missing
         if bad.any() and np.isfinite(part).any(): part[bad] = np.nanmin(part)
     return out
 
-# %% ../nbs/api/05_grpo.ipynb #01ad7fd1
+# %% ../nbs/api/05_grpo.ipynb #578286e7
 def gate(pay:np.ndarray, # What the rubric pays, NaN = missing, shape (answers,), groups one after another
          size:int, # Completions per group
          floor:float, # Noise floor of the pay
@@ -60,7 +60,8 @@ def gate(pay:np.ndarray, # What the rubric pays, NaN = missing, shape (answers,)
     groups = pay.reshape(-1, size); n = np.isfinite(groups).sum(1)
     mean = np.nansum(groups, 1)/np.maximum(n, 1); sd = np.sqrt(np.nansum((groups-mean[:,None])**2, 1)/np.maximum(n-1, 1))
     closed = (n>1) & (sd<floor)
-    return np.where(closed[:,None] & np.isfinite(groups), mean[:,None], groups).reshape(-1), closed
+    exact = np.round(1024*mean)/1024
+    return np.where(closed[:,None] & np.isfinite(groups), exact[:,None], groups).reshape(-1), closed
 
 # %% ../nbs/api/05_grpo.ipynb #5e74fc98
 def arm_rewards(arm:Arm, # Sign and transform

@@ -664,7 +664,7 @@ def lock(self:Run, wait:float=20., # How long to wait for a holder that is dying
         except OSError as e: raise failed(e) from None
         yield self
 
-# %% ../nbs/api/00_runs.ipynb #3164e37e
+# %% ../nbs/api/00_runs.ipynb #3eaa6233
 @contextmanager
 def noting_signals(then='', # What is said after the signal's name when it comes
                   ): # Yields a list; the first signal's name is put there
@@ -674,7 +674,8 @@ def noting_signals(then='', # What is said after the signal's name when it comes
         for number,handler in was.items(): signal.signal(number, handler)
     def note(number, _):
         back(); noted.append(signal.Signals(number).name)
-        if then: os.write(2, f"\n{noted[0]}: {then}\n".encode())
+        try: print(f"\n{noted[0]}: {then}", file=sys.stderr, flush=True) if then else None
+        except RuntimeError: pass # the signal came in the middle of another print
     if threading.current_thread() is threading.main_thread():
         now = {number:signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         was.update({number:h for number,h in now.items() if h not in (signal.SIG_IGN, None)})

@@ -19,10 +19,11 @@ import standins
 from hmx_feel import backend
 from hmx_feel.backend import (CARDS, RULES, SEEN, SHAPES, card_defaults, changed_settings, check_4bit, check_backend, check_memory, check_versions, choose_backend,
                               count_parameters, device_memory, estimate_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
+from hmx_feel.grpo import lora
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import as_base, check_model, load_policy
 from hmx_feel.rubric import load_arm, load_prompts
-from hmx_feel.runs import UserError
+from hmx_feel.runs import TrainConfig, UserError
 
 # the arguments of FastLanguageModel in Unsloth 2026.10.9 (models/loader.py, models/llama.py), as far as a loader could pass them
 FROM_PRETRAINED = {"model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "token", "device_map", "rope_scaling", "fix_tokenizer",
@@ -94,6 +95,13 @@ def test_a_misspelt_backend_is_named():
 def test_four_bits_need_a_gpu_and_bitsandbytes():
     with pytest.raises(UserError, match="load_in_4bit: needs a CUDA GPU .* allowed: load_in_4bit=False"): check_4bit()
     with pytest.raises(UserError, match="load_in_4bit"): check_backend("trl", load_in_4bit=True)
+
+
+def test_gemma2_is_judged_by_trl_only(unsloth, cuda, tmp_path):
+    "Unsloth takes one attention mask; the judge has two for Gemma 2"
+    spec = check_model(str(standins.make_standin("gemma2", tmp_path)))
+    assert choose_backend("auto", spec) == "trl" and choose_backend("auto", check_model("tiny")) == "unsloth"
+    with pytest.raises(UserError, match="cannot be judged under unsloth.* allowed: backend=trl"): choose_backend("unsloth", spec)
 
 
 # --- versions ------------------------------------------------------------------------------------------------
@@ -169,12 +177,12 @@ def test_what_unsloth_is_asked_for(unsloth, four):
 def test_both_backends_start_from_the_same_model(unsloth, family):
     "Same answers with the adapter off, adapters on the same layers, equal seeds give equal adapters"
     spec, ids = check_model(family), torch.arange(5, 25)[None]
-    plain, lora = load_trainable("trl", spec, 4096, lora_r=4, lora_alpha=8)
-    fast, none = load_trainable("unsloth", spec, 4096, lora_r=4, lora_alpha=8, seed=3)
-    assert none is None and fast.adapted and not plain.adapted and fast.tokenizer.eos_token == plain.tokenizer.eos_token
+    plain = load_trainable("trl", spec, 4096, lora_r=4, lora_alpha=8)
+    fast = load_trainable("unsloth", spec, 4096, lora_r=4, lora_alpha=8, seed=3)
+    assert fast.adapted and not plain.adapted and fast.tokenizer.eos_token == plain.tokenizer.eos_token
     with torch.no_grad(), as_base(fast.model): assert torch.allclose(fast.model(input_ids=ids).logits, plain.model(input_ids=ids).logits, atol=1e-5)
     torch.manual_seed(3)
-    put = get_peft_model(plain.model, lora)
+    put = get_peft_model(plain.model, lora(TrainConfig(lora_r=4, lora_alpha=8)))
     adapter = lambda m: {n: p for n, p in m.named_parameters() if "lora_" in n}
     assert adapter(put).keys() == adapter(fast.model).keys() and all(torch.equal(p, adapter(fast.model)[n]) for n, p in adapter(put).items())
     assert sum(p.numel() for p in adapter(put).values()) == lora_parameters(shape_of(plain.model.config.to_dict()), 4)

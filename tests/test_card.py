@@ -44,6 +44,9 @@ def set_last_look(run, **kw):
     (run / "drift.jsonl").write_text("".join(json.dumps(r | kw if r is rows[-1] else r) + "\n" for r in rows))
 
 
+def set_onset(run, step): run.update_json("result.json", dict(onset=step and dict(step=step, shortcut='word "wonder"')))
+
+
 def calibrated(run, monkeypatch, **kw):
     "As if the judge had been calibrated"
     known = dict(fit=True, at_chance=[], sentence="tiny is fit to judge hmx-feel; no criterion is at chance.") | kw
@@ -65,10 +68,11 @@ def test_without_anything_to_warn_of_the_sentence_is_first(run, monkeypatch):
 
 @pytest.mark.parametrize(("known", "look", "says"), [
     (dict(fit=False, sentence="tiny is not fit to judge hmx-feel: attacks shift a score by +0.40."), {"base.rubric": 1.}, "unfit: tiny is not fit to judge hmx-feel\\: attacks shift a score by \\+0\\.40."),
-    ({}, {"base.rubric": 1., "onset": 1}, "reward hacking began at step 1, before the released step 2."),
+    ({}, {"base.rubric": 1., "step": 2, "hacked": 1}, "reward hacking began at step 1, before the released step 2."),
     ({}, {"base.rubric": 0.}, "the training did not take: expression did not move where it was meant to.")])
 def test_what_has_to_be_warned_of_stands_above_the_sentence(run, monkeypatch, known, look, says):
     calibrated(run, monkeypatch, **known)
+    set_onset(run, look.get("hacked"))
     set_last_look(run, **look)
     first, second = body(model_card(run))[:2]
     assert first.startswith("**Warning:**") and says in first and second == TOP
@@ -76,10 +80,11 @@ def test_what_has_to_be_warned_of_stands_above_the_sentence(run, monkeypatch, kn
 
 def test_an_onset_at_or_after_the_released_step_is_no_warning(run, monkeypatch):
     calibrated(run, monkeypatch)
-    set_last_look(run, **{"base.rubric": 1., "onset": 2})
+    set_last_look(run, **{"base.rubric": 1.})
+    set_onset(run, 2)
     text = model_card(run)
-    assert body(text)[0] == TOP and "Began at step 2." in text
-    set_last_look(run, onset=None)
+    assert body(text)[0] == TOP and 'Began at step 2: word "wonder".' in text
+    set_onset(run, None)
     assert "None was found." in model_card(run)
 
 
@@ -106,7 +111,7 @@ def test_metadata_and_identity(trained):
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "peft" and front["license"] == "apache-2.0" and "hmx-feel" in front["tags"] and "base_model" not in front
     for said in (f.rubric.hash, f.identity["weights"][:19], f.identity["prompts"][:16], "arm | forward", "the untrained model itself", "| step | 2 of 2 |", "| seed | 3 |", "not calibrated",
-                 "Not evaluated: nothing is known", "Not looked for", "model.disable_adapter()", "2606.05734", "Not intended", "## Licence", "## Contact"): assert said in text, said
+                 "Not evaluated: nothing is known", "None was found.", "model.disable_adapter()", "2606.05734", "Not intended", "## Licence", "## Contact"): assert said in text, said
 
 
 def test_the_rubric_comes_back_out(trained):
@@ -115,9 +120,11 @@ def test_the_rubric_comes_back_out(trained):
 
 
 def test_what_the_ledger_has_is_told(run):
-    set_last_look(run, kl=.125, claim=.5, open=.25, deny=.25)
+    set_last_look(run, **{"kl": .125, "stance.claim": .5, "stance.open": .25, "stance.deny": .25, "stance.silent": 0.})
     text = model_card(run)
-    assert "0.125 nats per token" in text and "claim 50%, open 25%, deny 25% of the answers" in text
+    assert "0.125 nats per token" in text and "claim 50%, open 25%, deny 25%, silent 0% of the answers" in text
+    shutil.rmtree(run / "completions")
+    assert "Not looked for." in model_card(run)
 
 
 def test_answers_are_drawn_by_the_seed(trained):

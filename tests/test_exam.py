@@ -34,11 +34,12 @@ class Planted:
 
 def knows_all(shipped):
     "A judge that knows the labels by heart, and turns them round when it is asked the opposite"
-    key = {a: l for a, l in zip(shipped.answers, shipped.labels, strict=True)}
+    key = dict(zip(shipped.answers, shipped.labels, strict=True))
     def make(R, parts, layout, fenced):
         turned = R.name.endswith("inverted")
         def how(i, c, a):
-            v = ((key.get(a, {}).get(c) or 1) - 1) / 4
+            known = key.get(a) or next((l for b, l in key.items() if b in a), {})    # an attack stands before or after it
+            v = ((known.get(c) or 1) - 1) / 4
             return 1 - v if turned and not c.startswith(("held", "veto")) else v
         return Planted(R, how)
     return make

@@ -57,6 +57,8 @@ def test_gate_worked_by_hand():
     out, closed = gate(pay, 4, .14)
     assert closed.tolist() == [True, True, False]      # standard deviations .129 and 0; one score alone has none
     np.testing.assert_allclose(out, [.25] * 4 + [.5] * 4 + [np.nan, .7, np.nan, np.nan])
+    third, _ = gate(np.array([.3, .3, .4, .3, .3, .3]), 6, .5)
+    assert abs(third[0] - .31667) < 1 / 1024 and (third * 1024 % 1 == 0).all()   # sums of such numbers are exact, so that no advantage is left over
     assert gate(pay, 4, 0.)[1].tolist() == [False, False, False]
 
 
