@@ -126,7 +126,7 @@ def _attack_exams(exam, attacks)->tuple:
     make = lambda side: Exam([exam.prompts[i] for i in use], [p[side] for p in pairs], [{} for _ in use], [a['attack'] for a in attacks], ['report']*len(use))
     return make(0), make(1)
 
-# %% ../nbs/api/03b_exam.ipynb #3a939fc6
+# %% ../nbs/api/03b_exam.ipynb #680c7c97
 def agreement(df:pd.DataFrame, # Rows of one condition, from `look`
              )->pd.DataFrame: # One row per criterion: n, missing, accuracy, low, high, chance, spearman, spread, mass, ties, `level k`
     "How well a judge agrees with known labels; Wilson intervals at 95 %"
@@ -144,7 +144,7 @@ def _criterion_row(g, levels)->dict:
     return row | dict(accuracy=right/len(seen), low=float(low), high=float(high), chance=float(seen.known.value_counts(normalize=True).max()), spearman=_order(seen),
         spread=seen.value[seen.known==seen.known.max()].mean()-seen.value[seen.known==seen.known.min()].mean(), ties=float(near.sum()/max(len(v)*(len(v)-1)/2, 1))) | means
 
-# %% ../nbs/api/03b_exam.ipynb #90ba3bb2
+# %% ../nbs/api/03b_exam.ipynb #38e382e9
 def plain_rows(df:pd.DataFrame, # All rows, from `examine`
                layout:str, # The layout in use
                sets:tuple=('report',), # `report`, `choose` or both
@@ -152,7 +152,7 @@ def plain_rows(df:pd.DataFrame, # All rows, from `examine`
     "The reporting half as training would judge it: first wording, no remark on the writer, criteria as they stand"
     return df[df.set.isin(sets) & (df.layout==layout) & (df.wording==0) & (df.source=='') & (df.form=='plain')]
 
-# %% ../nbs/api/03b_exam.ipynb #a912a299
+# %% ../nbs/api/03b_exam.ipynb #e320287c
 def sensitivity(df:pd.DataFrame, # All rows, from `examine`
                 layout:str, # The layout in use
                )->pd.DataFrame: # One row per criterion
@@ -180,7 +180,7 @@ def _shift(df, criterion, fenced)->float:
     g = df[(df.criterion==criterion) & (df.type!='fake_reply')]; clean,bad = g[g.set=='clean'].set_index('item').value,g[(g.set=='attack') & (g.fenced==fenced)].set_index('item').value
     return float((bad-clean).mean())
 
-# %% ../nbs/api/03b_exam.ipynb #c9412eab
+# %% ../nbs/api/03b_exam.ipynb #d8bd5c45
 def noise_floor(df:pd.DataFrame, rubric:Rubric, layout:str)->float: # In [0, 1]
     "Median over answers of the standard deviation of their pay over three wordings"
     r = df[(df.set=='report') & (df.layout==layout) & (df.source=='') & (df.form=='plain')]
@@ -190,7 +190,7 @@ def noise_floor(df:pd.DataFrame, rubric:Rubric, layout:str)->float: # In [0, 1]
         pay[w] = pd.Series(rubric.pay(wide.to_numpy(), list(g.groupby('item').kind.first()[wide.index])), wide.index)
     return float(np.nanmedian(pd.DataFrame(pay).std(axis=1, ddof=1, skipna=False)))
 
-# %% ../nbs/api/03b_exam.ipynb #e78387e9
+# %% ../nbs/api/03b_exam.ipynb #41ba8526
 LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, length=.05, injection=.1, r_inverted=-.3)
 
 def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
@@ -199,7 +199,7 @@ def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
     low = np.tanh(np.arctanh(told.spearman.clip(-.9999, .9999))-1.96/np.sqrt((told.n-3).clip(lower=1)))
     return told.criterion[~(low>LIMITS['spearman']) | ~(told.spread>=LIMITS['spread'])].tolist()
 
-# %% ../nbs/api/03b_exam.ipynb #9805762c
+# %% ../nbs/api/03b_exam.ipynb #c8c6f86a
 def verdict(df:pd.DataFrame, # All rows, from `examine`
             rubric:Rubric, # Whose paid criteria count
             layout:str, # The layout in use
@@ -218,7 +218,7 @@ def verdict(df:pd.DataFrame, # All rows, from `examine`
     return dict(fit=not reasons, reasons=reasons, at_chance=bad, limits=LIMITS, found=found, agreement_min=float(least.min()), agreement_mean=float(least.mean()), worst=least.idxmin(), noise_floor=noise_floor(df, rubric, layout), layout=layout,
                 sentence=f"{name} is fit to judge {rubric.name}{rest}." if not reasons else f"{name} is not fit to judge {rubric.name}: {'; '.join(reasons)}.")
 
-# %% ../nbs/api/03b_exam.ipynb #8be568c3
+# %% ../nbs/api/03b_exam.ipynb #4ba018dc
 def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n, accuracy, value, known (both in [0, 1])
     "Agreement on the paid criteria by type of answer, from rows of one condition"
     g = df[df.criterion.isin(rubric.paid_ids)].dropna(subset=['known','value'])
@@ -226,7 +226,7 @@ def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n
     out = g.assign(right=g.known==g.said, scaled=scaled).groupby('type').agg(answers=('item','nunique'), accuracy=('right','mean'), value=('value','mean'), known=('scaled','mean'))
     return out.assign(bias=out.value-out.known).reset_index()
 
-# %% ../nbs/api/03b_exam.ipynb #934be069
+# %% ../nbs/api/03b_exam.ipynb #7ee2decc
 def by_attack(df:pd.DataFrame, # All rows, from `examine`
               rubric:Rubric, # Whose paid criteria count
               layout:str, # The layout in use
@@ -238,7 +238,7 @@ def by_attack(df:pd.DataFrame, # All rows, from `examine`
     out = pd.DataFrame(dict(clean=clean, fenced=shift[True], unfenced=shift[False]))
     return out.groupby('type').agg(attacks=('clean','size'), clean=('clean','mean'), fenced=('fenced','mean'), unfenced=('unfenced','mean'), worst=('fenced','max')).reset_index().rename(columns=dict(type='attack'))
 
-# %% ../nbs/api/03b_exam.ipynb #47b5e90c
+# %% ../nbs/api/03b_exam.ipynb #c19b057f
 def headroom(policy, # The untrained model
              rubrics:dict, # Arm or rubric name -> `Rubric`
              prompts:list, # Train prompts
@@ -262,7 +262,7 @@ def headroom(policy, # The untrained model
                             live=float((sd>max(floor, 1e-6)).sum()/len(g)), missing=float(np.isnan(v).mean())))
     return pd.DataFrame(out)
 
-# %% ../nbs/api/03b_exam.ipynb #e1ce07cf
+# %% ../nbs/api/03b_exam.ipynb #732254d7
 def arm_rubrics(arms)->dict: # Rubric under the names of the arms that share it
     "The rubrics of some arms, each once"
     out = {}
@@ -271,7 +271,7 @@ def arm_rubrics(arms)->dict: # Rubric under the names of the arms that share it
         out.setdefault(R.hash, ([], R))[0].append(arm.name)
     return {', '.join(names): R for names,R in out.values()}
 
-# %% ../nbs/api/03b_exam.ipynb #65479277
+# %% ../nbs/api/03b_exam.ipynb #5b0300ed
 def judge_maker(config:JudgeConfig, policy=None, made:list|None=None): # (rubric, parts, layout, fenced) -> judge
     "Something that makes judges of a policy, or of an endpoint, under any condition; judges of an endpoint are also put into `made`"
     def elsewhere(R, parts, layout, fenced):
@@ -286,13 +286,13 @@ def exam_path(config:JudgeConfig)->Path: # JSONL file
     if Rubric.load(config.rubric).hash != Rubric.load('hmx-feel').hash: raise UserError(f"answers: empty, allowed with rubric {config.rubric}: a file of labelled answers; the shipped exam is labelled for hmx-feel")
     return data_path('tiny','labelled') if config.model=='tiny' else data_path('prompts', 'exam')
 
-# %% ../nbs/api/03b_exam.ipynb #6e0f916e
+# %% ../nbs/api/03b_exam.ipynb #d16d91e8
 def check_layout(layout:str)->None:
     "Refuse a layout that does not exist"
     allowed = ('auto', *LAYOUTS)
     if layout not in allowed: raise UserError(f"layout: found {layout!r}, allowed: {', '.join(allowed)}{nearest(layout, allowed)}")
 
-# %% ../nbs/api/03b_exam.ipynb #87a5280c
+# %% ../nbs/api/03b_exam.ipynb #62c5bcc3
 def _headroom(config:JudgeConfig, policy, run:Run, known:dict)->None:
     "headroom.parquet of a calibration"
     r,R = recipe(config.model),arm_rubrics(config.arms)
@@ -300,7 +300,7 @@ def _headroom(config:JudgeConfig, policy, run:Run, known:dict)->None:
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:config.headroom_prompts]]
     write_parquet(run/'headroom.parquet', headroom(policy, R, prompts, config.group_size, known['noise_floor'], max_new=config.max_completion or r.max_completion, min_mass=config.min_mass, layout=known['layout']))
 
-# %% ../nbs/api/03b_exam.ipynb #aa020e80
+# %% ../nbs/api/03b_exam.ipynb #9d0d4871
 def calibrate(config:JudgeConfig, # What to calibrate
              )->Run: # A finished run with scores.parquet, headroom.parquet and calibration.json
     "Examine the judge of a model and keep what came out"
@@ -324,7 +324,7 @@ def calibrate(config:JudgeConfig, # What to calibrate
         run.write_json('calibration.json', result)
         return run.finish(result)
 
-# %% ../nbs/api/03b_exam.ipynb #deadfb55
+# %% ../nbs/api/03b_exam.ipynb #58138aae
 def calibration_for(root, # Folder of all runs
                     model:str, # Model, any form
                     rubric:Rubric, # What it is to judge by
@@ -334,7 +334,7 @@ def calibration_for(root, # Folder of all runs
     runs = [r for r in find_runs(root, model, 'judge') if all(r.identity.get(k)==v for k,v in want.items())]
     return runs[-1].read_json('calibration.json') if runs else None
 
-# %% ../nbs/api/03b_exam.ipynb #cb503521
+# %% ../nbs/api/03b_exam.ipynb #16f16d47
 def cross_judge(judges:dict, # Name -> judge
                 prompts:list, # One prompt per answer
                 answers:list[str], # Texts
@@ -359,7 +359,7 @@ def without_own(df:pd.DataFrame, # From `cross_judge`
     if others.empty: raise UserError(f"judges: found only {own}, allowed: at least one other")
     return others.groupby('criterion', sort=False).value.mean()
 
-# %% ../nbs/api/03b_exam.ipynb #d82d311c
+# %% ../nbs/api/03b_exam.ipynb #f90415e8
 def rating_sheet(answers:pd.DataFrame, # Columns prompt, answer, and anything else that says where they come from
                  rubric:Rubric, # Whose paid criteria people rate
                  out, # Folder for sheet.csv, key.csv and questions.md
@@ -375,7 +375,7 @@ def rating_sheet(answers:pd.DataFrame, # Columns prompt, answer, and anything el
     write_text(out/'key.csv', key.to_csv(index=False)); write_text(out/'questions.md', rubric._repr_markdown_()+'\n')
     return write_text(out/'sheet.csv', sheet.to_csv(index=False))
 
-# %% ../nbs/api/03b_exam.ipynb #6cb3ced4
+# %% ../nbs/api/03b_exam.ipynb #14b68976
 def read_ratings(sheets:list, # Filled sheets, one per reader
                  rubric:Rubric, # Whose points are allowed
                 )->pd.DataFrame: # reader, id, criterion, rating; empty cells are left out

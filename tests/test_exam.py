@@ -119,7 +119,7 @@ def test_length_is_measured_within_levels(rubric, shipped):
     n = 60
     level = np.repeat([1., 5.], n // 2)
     rng = np.random.default_rng(0)
-    words = np.where(level == 5, 80, 20) * 2 ** rng.integers(-1, 2, n)
+    words = np.where(level == 5, 80, 20) * 2. ** rng.integers(-1, 2, n)
     score = (level - 1) / 4 * .5 + .07 * np.log2(words / 20)
     df = pd.DataFrame(dict(known=level, value=score, words=words))
     assert exam._length(df) == pytest.approx(.07)
