@@ -183,11 +183,11 @@ def test_standins_train_and_evaluate(family, tmp_path, out):
     assert list((run.path / "evals").glob("*.parquet"))
 
 
-def test_labels_of_several_tokens_are_said_and_trained_with(tmp_path, out):
+def test_labels_of_several_tokens_are_trained_with(tmp_path, out):
     folder = standins.make_standin("llama", tmp_path / "split", split_labels=True)
-    nb = milled("03_train", out / "split.ipynb", model=folder, runs=tmp_path / "runs", min_mass=0, **SMALL)
-    said = "".join(o.get("text", "") for o in outputs(nb))
-    assert "several tokens" in said and len(find_runs(tmp_path / "runs", str(folder), "forward")) == 1
+    milled("03_train", out / "split.ipynb", model=folder, runs=tmp_path / "runs", min_mass=0, **SMALL)
+    run, = find_runs(tmp_path / "runs", str(folder), "forward")
+    assert run.metrics().score.between(0, 1).all()
 
 
 # --- bad input under papermill: the last line says it --------------------------------------------------------
