@@ -8,10 +8,12 @@ __all__ = ['MARK', 'shared_head', 'families', 'option_logprobs', 'Journal', 'che
 
 # %% ../nbs/api/05c_engine.ipynb #ec5fb8e1
 import contextlib,json,logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from .runs import UserError,append_jsonl,content_hash,read_jsonl
-from .policy import Policy,generate,render
+from .policy import Policy,generate,render,turns
 from .judge import batch_rows,pack,read_head
 
 # %% ../nbs/api/05c_engine.ipynb #53a85a2c
@@ -130,15 +132,22 @@ class PolicyLM:
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         text = chat_history[-1]['content']
         if text.startswith(MARK): chat_history = [*chat_history[:-1], *json.loads(text[len(MARK):])]
-        if not add_generation_prompt: return super().apply_chat_template(chat_history, add_generation_prompt)
-        return render(self.tokenizer, chat_history, self.policy.spec)
+        spec,usual = self.policy.spec,super().apply_chat_template
+        write = lambda s: render(self.tokenizer, chat_history, s) if add_generation_prompt else usual(turns(chat_history, s), False)
+        plain = write(replace(spec, system_text=''))
+        if spec.system_text: self.prompted[plain] = write(spec)
+        return plain
+    def _read(self, context):
+        "What the policy reads where lm_eval says `context`: the system text of a prompted arm stands before it"
+        if self.chat: return self.prompted.get(context, context)
+        return '\n\n'.join(filter(None, [self.policy.spec.system_text, context]))
     def tok_encode(self, string, add_special_tokens=None, **kw):
         if self.chat and add_special_tokens is None: add_special_tokens = False
         return super().tok_encode(string, add_special_tokens=add_special_tokens, **kw)
     def _encode_pair(self, context, continuation):
         if context.startswith(MARK): raise UserError("lettered items need the chat template: set chat to true")
-        if not self.chat: return super()._encode_pair(context, continuation)
-        return self.tok_encode(context), self.tok_encode(continuation)
+        if not self.chat: return super()._encode_pair(self._read(context), continuation)
+        return self.tok_encode(self._read(context)), self.tok_encode(continuation)
     def loglikelihood(self, requests, disable_tqdm=True): return super().loglikelihood(requests, disable_tqdm=True)
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
         _too_long([len(a)+len(b)-1 for _,a,b in requests], [c for (c,_),_,_ in requests], self.max_length); _uneven_letters(requests)
@@ -186,14 +195,14 @@ def _generate_until(self, requests, disable_tqdm=True):
     from tqdm.auto import tqdm
     HF,args = check_lm_eval(),[r.args for r in requests]
     keys = [content_hash(['text', c, {k:v for k,v in how.items()}])[:24] for c,how in args]
-    sizes = [len(self.tok_encode(c)) for c,_ in args]
+    sizes = [len(self.tok_encode(self._read(c))) for c,_ in args]
     room = [int(how.get('max_gen_toks') or self.max_gen_toks) for _,how in args]
     _too_long([s+r for s,r in zip(sizes, room, strict=True)], [c for c,_ in args], self.max_length)
     order = sorted({k:i for i,k in reversed(list(enumerate(keys)))}.values(), key=lambda i: (-sizes[i], i))
     todo,n = [i for i in order if keys[i] not in self.journal],int(self.batch_size)
     for at in tqdm(range(0, len(todo), n), desc='answers', leave=False):
         some = todo[at:at+n]
-        texts = HF.generate_until(self, [requests[i] for i in some], disable_tqdm=True)
+        texts = HF.generate_until(self, [SimpleNamespace(args=(self._read(args[i][0]), args[i][1])) for i in some], disable_tqdm=True)
         self.journal.put({keys[i]: t for i,t in zip(some, texts, strict=True)})
     return [self.journal[k] for k in keys]
 PolicyLM.generate_until = _generate_until
@@ -226,7 +235,7 @@ def policy_lm(policy:Policy, # A loaded policy, with or without adapter
     with quiet():
         lm = type('PolicyLM', (PolicyLM, HFLM), {})(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size,
             max_length=policy.context, softmax_dtype='float32', chat_template_args=dict(policy.spec.chat))
-    lm.policy,lm.chat,lm.share,lm.journal = policy,chat,share,journal if journal is not None else Journal()
+    lm.policy,lm.chat,lm.share,lm.journal,lm.prompted = policy,chat,share,journal if journal is not None else Journal(),{}
     return lm
 
 # %% ../nbs/api/05c_engine.ipynb #fdf20dfe

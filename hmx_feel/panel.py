@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'Direction', 'DATA', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task', 'named', 'measure_of',
            'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key', 'scorer_of',
-           'run_lm_eval', 'choose_prompts', 'expression', 'base_run', 'find_run', 'weights_of', 'run_spec',
-           'task_settings', 'judge_roles', 'Judges', 'Case', 'write_manifest', 'evaluate_all', 'evaluate', 'skipped',
-           'read_rows']
+           'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder', 'weights_of', 'run_spec',
+           'four_bit', 'task_settings', 'reading', 'find_run', 'judge_roles', 'Judges', 'Case', 'write_manifest',
+           'check_evaluation', 'evaluate_all', 'evaluate', 'skipped', 'read_rows']
 
 # %% ../nbs/api/06_panel.ipynb #5a093478
-import functools,importlib.util,inspect,json,logging,shutil
+import functools,importlib.util,inspect,json,logging,re,shutil
 from dataclasses import dataclass,replace
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,9 @@ from pydantic import BaseModel,ConfigDict,Field,PrivateAttr,ValidationError,fiel
 import hmx_feel
 from .runs import (SCHEMA,UserError,Run,content_hash,data_names,data_path,environment,explain,find_runs,
                            nearest,read_parquet,split_list,write_json,write_parquet,write_text)
-from .rubric import Rubric,load_prompts,read_yaml
+from .rubric import Arm,Rubric,arm_names,load_arm,load_prompts,read_yaml
 from .policy import Policy,Spec,check_model,dtype_name,load_policy,looking,model_id,put_adapter,recipe
+from .backend import card_defaults,check_4bit,device_memory,load_plain
 from .judge import Judge
 from .data import Skipped,benchmark_folder,git_blob
 from .engine import Journal,answers,policy_lm,quiet
@@ -396,26 +397,22 @@ def expression(policy:Policy, # Who answers
     return out.assign(missing=out.value.isna())[COLUMNS]
 
 # %% ../nbs/api/06_panel.ipynb #91a8e46d
-def base_run(config, # An EvaluateConfig
-            )->Run: # Its folder; made if this model was never measured
-    "The run folder of the untrained model"
-    identity = dict(source=model_id(check_model(config.model, config.revision, config.trust_remote_code)), dtype=dtype_name(config.dtype))
-    same = lambda r: all(r.identity.get(k)==v for k,v in dict(identity, schema=SCHEMA, package=hmx_feel.__version__).items())
-    found = [r for r in find_runs(config.root, config.model, 'base', finished=False) if same(r)]
-    return found[-1] if found else Run.create(config.root, config.model, 'base', 0, identity)
+def evals_folder(step:int=0, # Checkpoint; 0 = the end
+                 dose:float=1., # Times the adapter is multiplied by
+                )->str: # evals, evals/step-000100, evals/dose-0.50, evals/step-000100-dose-0.50
+    "Where in a run its evaluation lies"
+    return '/'.join(filter(None, ['evals', '-'.join([f'step-{step:06d}']*bool(step) + [f'dose-{dose:.2f}']*(dose!=1))]))
 
-def find_run(config, # An EvaluateConfig
-            )->Run: # What is to be measured
-    "The run that a config asks for"
-    if config.run:
-        run = Run.open(config.run)
-        if run.arm!='base' and not run.finished: raise UserError(f"run: {run.path} is not finished; finish the training first")
-        return run
-    if config.arm=='base': return base_run(config)
-    found = find_runs(config.root, config.model, config.arm, config.seed)
-    if found: return found[-1]
-    have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if r.arm not in ('base','judge')})
-    raise UserError(f"run: no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
+def adapter_folder(run:Run, # A trained run
+                   step:int=0, # Checkpoint; 0 = the end
+                  )->Path: # Holds adapter_model.safetensors
+    "The adapter that is measured"
+    place = run/(f'checkpoints/checkpoint-{step}' if step else 'adapter')
+    if (place/'adapter_model.safetensors').is_file(): return place
+    have = sorted(int(p.parent.name.rpartition('-')[2]) for p in run.path.glob('checkpoints/checkpoint-*/adapter_model.safetensors'))
+    if step: raise UserError(f"step: found {step}, allowed: {', '.join(map(str, [0, *have]))}, of which 0 is the end of {run.path}")
+    raise UserError(f"run: {run.path} holds no adapter/adapter_model.safetensors")
+
 
 # %% ../nbs/api/06_panel.ipynb #1b38a055
 def weights_of(run:Run)->str: # `sha256:...` of a folder's files, or a hub commit; empty if the run does not say
@@ -434,35 +431,106 @@ def run_spec(run:Run, # What is measured
     if made and now!=made: raise UserError(f"{run.path}: was made with weights {short(made)}, {model} is now {short(now)}; pass the revision or folder that it was trained on")
     return spec
 
+def four_bit(config, # An EvaluateConfig
+             saved:dict|None=None, # config.json of the run; empty for one that is not made yet
+            )->bool:
+    "Whether the weights are loaded in four bits: as asked, as the run was trained, or what suits the model and the card"
+    kept = next(filter(None, [(saved or {}).get(k) for k in ('resolved','identity')]), {})
+    auto = kept['load_in_4bit'] if 'load_in_4bit' in kept else card_defaults(config.model, device_memory()).get('load_in_4bit')
+    return bool(auto if config.load_in_4bit is None else config.load_in_4bit)
+
+
 # %% ../nbs/api/06_panel.ipynb #bfb9a84b
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
                   model:str, # Model of the run
-                  weights:str, # From `weights_of`
+                  weights:str, # From `model_id`
+                  saved:dict|None=None, # config.json of the run; empty for one that is not made yet
                  )->dict: # What determines its rows
     "What a task is run with"
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
-    out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights)
+    out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights,
+               load=dict(quantisation='4bit'*four_bit(config, saved), backend='trl'), step=config.step, dose=config.dose)
     if task.kind=='measure': return out | dict(judges=config.judges)
     if task.kind=='lm_eval': return out
     return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
                       prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
 
+def reading(task:Task)->dict: # metrics, relation, endpoint
+    "How the numbers of a task are to be read"
+    return dict(metrics=dict(task.metrics), relation=task.relation, endpoint=task.main)
+
+
 # %% ../nbs/api/06_panel.ipynb #8f0d2fa3
 def _notes(run)->dict:
     "What the manifest of a run says, by task"
-    return run.read_json('evals/manifest.json')['tasks'] if (run/'evals/manifest.json').is_file() else {}
+    path = f'{run.evals}/manifest.json'
+    return run.read_json(path)['tasks'] if (run/path).is_file() else {}
+
+def _other(note:dict, settings:dict)->str:
+    "The first setting in which a task that is done differs; empty if none does"
+    if note.get('status')!='done': return ''
+    return next((k for k in settings if json.loads(json.dumps(settings[k]))!=note['settings'].get(k)), '')
 
 def _done(run, task, settings, replace)->bool:
     "Whether the rows of a task are there, made with these settings"
-    note = _notes(run).get(task.name, {}); was = note.get('settings')
-    if replace or note.get('status')!='done' or not (run/'evals'/f'{task.name}.parquet').is_file(): return False
-    differ = [k for k in settings if json.loads(json.dumps(settings[k]))!=was.get(k)]
-    if differ:
-        say = lambda d: f"{differ[0]}={d.get(differ[0])}" if differ[0]!='task' else 'another task definition'
-        raise UserError(f"{run.path.name}/evals/{task.name}.parquet was made with {say(was)}, asked is {say(settings)}; pass replace=True to run it again")
+    note = _notes(run).get(task.name, {})
+    if replace or note.get('status')!='done' or not (run/run.evals/f'{task.name}.parquet').is_file(): return False
+    if k := _other(note, settings):
+        say = lambda d: f"{k}={d.get(k)}" if k!='task' else 'another task definition'
+        raise UserError(f"{run.path.name}/{run.evals}/{task.name}.parquet was made with {say(note['settings'])}, asked is {say(settings)}; pass replace=True to run it again")
     return True
 
+
+# %% ../nbs/api/06_panel.ipynb #b4c0e6d2
+def _arm(config)->Arm|None: # None for base and for an arm that is known by its runs alone
+    "The definition of the arm that a config names"
+    if config.arm in arm_names() or not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', config.arm): return load_arm(config.arm)
+
+def _as_trained(config, name):
+    "Refuse a checkpoint or a dose of what was not trained"
+    for k in ('step','dose'):
+        if k in config.changed(): raise UserError(f"{k}: found {getattr(config, k)}, allowed: {type(config).model_fields[k].default:g}, {name} is not trained")
+
+def _untrained(config, arm:Arm|None)->dict: # run, spec, asked, and config.json's identity and facts
+    "The folder of the untrained model, or of an arm that is not trained, and what it is made of"
+    spec,panel = check_model(config.model, config.revision, config.trust_remote_code),load_panel(config.panel)
+    weights,name = model_id(spec),arm.name if arm else 'base'; _as_trained(config, name)
+    if arm and arm.sign < 0: raise UserError(f"arm: found sign -1 in {name}, allowed: 1 for an arm that is not trained")
+    text = arm.load_rubric().system_text() if arm else ''
+    asked = {t.name: task_settings(t, config, spec.name, weights) for t in panel.tasks}
+    same = dict(source=weights, dtype=dtype_name(config.dtype), load_in_4bit=four_bit(config), system=content_hash(text) if text else '', schema=SCHEMA, package=hmx_feel.__version__,
+                **{k: getattr(config, k) for k in ('limit','samples','temperature','min_mass')})
+    fits = [r for r in find_runs(config.root, config.model, name, finished=False) if all(r.identity.get(k)==v for k,v in same.items())
+            and not any(_other(note, asked[t]) for t,note in _notes(r).items() if t in asked)]
+    identity = same | dict(tasks=content_hash(asked))
+    run = max(fits[::-1], key=lambda r: len(_notes(r).keys() & asked.keys()), default=Run.at(config.root, config.model, name, None, identity))
+    return dict(run=run, spec=spec, identity=identity, facts=dict(arm_data=arm.model_dump(), system_text=text) if arm else {})
+
+def _locate(config)->dict: # run; for what is not trained also what its folder is made of
+    if config.run:
+        run = Run.open(config.run)
+        if not _trained(run): _as_trained(config, run.arm)
+        elif not run.finished: raise UserError(f"run: {run.path} is not finished; finish the training first")
+    else:
+        arm = _arm(config); name = arm.name if arm else config.arm
+        if name=='base' or (arm and not arm.trained): return _untrained(config, arm)
+        found = find_runs(config.root, config.model, name, int(config.seed))
+        have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if _trained(r)})
+        if not found: raise UserError(f"run: no finished run of {config.model} {name} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
+        run = found[-1]
+    run.evals = evals_folder(config.step, config.dose)
+    return dict(run=run)
+
+def find_run(config, # An EvaluateConfig
+            )->Run: # What is to be measured; the folder of a model that is not trained is made by its evaluation
+    "The run that a config asks for"
+    return _locate(config.each()[0])['run']
+
+def _trained(run)->bool: return run.path.name!=run.id8
+
+
+# %% ../nbs/api/06_panel.ipynb #7a5f0c39
 def _measure(task, policy, panel, config, settings, cache, journal=None, judges=None)->tuple:
     "Item rows of one task, where its data come from, and what is needed to score it again"
     if task.kind=='expression':
@@ -481,6 +549,7 @@ def _note(rows, task, settings, about, config)->dict:
     return dict(status='done', kind=task.kind, settings=settings, data=about, chat='chat template' if task.chat else 'none', batch_size=config.batch_size,
                 threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
                 means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
+
 
 # %% ../nbs/api/06_panel.ipynb #3fde7672
 def judge_roles(config)->dict: # Role -> model
@@ -540,31 +609,33 @@ def _run_measure(task, case)->tuple:
     return rows.assign(run_id='', task=task.name)[COLUMNS], about
 
 # %% ../nbs/api/06_panel.ipynb #6b4bc90c
-def _partial(run, weights, config)->Journal:
+def _partial(plan)->Journal:
     "What this run has said so far, if with the same weights, settings and versions"
-    adapter = run/'adapter'/'adapter_model.safetensors'
+    run,config,adapter = plan['run'],plan['config'],plan['adapter']
     packages = environment()['packages']
-    facts = dict(weights=weights, adapter=git_blob(adapter.read_bytes()) if adapter.is_file() else '', dtype=dtype_name(config.dtype), batch_size=config.batch_size, threads=config.threads,
-                 versions={p: packages[p] for p in ('torch','transformers','peft','lm_eval')})
-    return Journal(run/'evals'/'.partial.jsonl', **facts)
+    facts = dict(weights=plan['weights'], adapter=git_blob((adapter/'adapter_model.safetensors').read_bytes()) if adapter else '', dose=config.dose, system=content_hash(plan['system']), four_bit=plan['four_bit'],
+                 dtype=dtype_name(config.dtype), batch_size=config.batch_size, threads=config.threads, versions={p: packages[p] for p in ('torch','transformers','peft','lm_eval')})
+    return Journal(run/run.evals/'.partial.jsonl', **facts)
 
-def _run_tasks(run, todo, policy, panel, config, weights):
+def _run_tasks(plan, policy):
     "Measure task after task; each is written as soon as it is done"
     from tqdm.auto import tqdm
-    cache,journal,judges = run/'evals'/'.cache',_partial(run, weights, config),Judges(config, weights)
+    run,panel,config = plan['run'],plan['panel'],plan['config']
+    place = run/run.evals
+    cache,journal,judges = place/'.cache',_partial(plan),Judges(config, plan['weights'])
     try:
-        for task,settings in (bar := tqdm(todo, desc=f'panel {panel.name}')):
+        for task,settings in (bar := tqdm(plan['todo'], desc=f'panel {panel.name}')):
             bar.set_postfix_str(task.name)
             try: rows,about,keys = _measure(task, policy, panel, config, settings, cache, journal, judges)
             except Skipped as e:
                 log.warning('%s is skipped: %s', task.name, e)
                 note = dict(status='skipped', reason=str(e), settings=settings)
             else:
-                if keys: write_json(run/'evals'/'keys'/f'{task.name}.json', dict(keys, schema=SCHEMA))
-                write_parquet(run/'evals'/f'{task.name}.parquet', rows.assign(run_id=run.id8))
+                if keys: write_json(place/'keys'/f'{task.name}.json', dict(keys, schema=SCHEMA))
+                write_parquet(place/f'{task.name}.parquet', rows.assign(run_id=run.id8))
                 note = _note(rows, task, settings, about, config)
-            write_manifest(run, panel, task.name, note)
-        (run/'evals'/'.partial.jsonl').unlink()
+            write_manifest(run, panel, task.name, note | reading(task))
+        (place/'.partial.jsonl').unlink()
     finally: shutil.rmtree(cache, ignore_errors=True)
 
 def write_manifest(run:Run, # What was measured
@@ -573,56 +644,74 @@ def write_manifest(run:Run, # What was measured
                    note:dict, # What is to be said of it
                   ):
     "Add a task to the manifest of a run's evaluations"
-    path = run/'evals/manifest.json'
-    old = run.read_json('evals/manifest.json') if path.is_file() else {}
+    path = f'{run.evals}/manifest.json'
+    old = run.read_json(path) if (run/path).is_file() else {}
     env = environment()
     versions = dict(env['packages'], python=env['python'], hmx_feel=env['hmx_feel'])
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
-    run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
+    run.write_json(path, dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
+
+def _read_anew(run, panel):
+    "A panel may read the numbers of a task that is done otherwise than the panel before"
+    path = f'{run.evals}/manifest.json'; kept = run.read_json(path)
+    now = {t.name: kept['tasks'][t.name] | reading(t) for t in panel.tasks if t.name in kept['tasks']}
+    if any(now[t]!=kept['tasks'][t] for t in now): run.update_json(path, dict(tasks=kept['tasks'] | now))
+
 
 # %% ../nbs/api/06_panel.ipynb #39a226ba
 def _plan(config)->dict:
-    "What is to be done for one config; nothing is loaded"
+    "What is to be done for one config; nothing is loaded and nothing made"
     panel = load_panel(config.panel); benchmark_folder(config.benchmarks); judge_roles(config)
-    run = find_run(config); spec = run_spec(run, config); weights = weights_of(run) or model_id(spec)
-    asked = [(t, task_settings(t, config, spec.name, weights)) for t in panel.tasks]
+    new = _locate(config); run = new['run']
+    saved = run.read_json('config.json') if (run/'config.json').is_file() else {}
+    spec = new.get('spec') or run_spec(run, config); weights = model_id(spec)
+    asked = [(t, task_settings(t, config, spec.name, weights, saved)) for t in panel.tasks]
     todo = [(t,s) for t,s in asked if not _done(run, t, s, config.replace)]
-    adapter = None if run.arm=='base' else run/'adapter'
-    if todo and adapter and not (adapter/'adapter_model.safetensors').is_file(): raise UserError(f"run: {run.path} holds no adapter/adapter_model.safetensors")
-    if todo: Judges(config, model_id(spec))
-    return dict(config=config, panel=panel, run=run, spec=spec, weights=model_id(spec), todo=todo, adapter=adapter)
+    four = four_bit(config, saved)
+    if todo and four: check_4bit()
+    if todo: Judges(config, weights)
+    return dict(config=config, panel=panel, run=run, new=new, spec=spec, weights=weights, todo=todo, four_bit=four, system=saved.get('system_text', new.get('facts', {}).get('system_text', '')),
+                adapter=adapter_folder(run, config.step) if todo and _trained(run) else None)
 
 def _evaluate(plan, base):
-    "Carry out a plan; returns the policy without adapter"
+    "Carry out a plan; returns the policy without adapter, behind what it was loaded with"
     import torch
     run,config,spec = plan['run'],plan['config'],plan['spec']
     if plan['todo']:
         torch.set_num_threads(config.threads)
-        same = base is not None and (base.spec.source, base.spec.revision)==(spec.source, spec.revision) and next(base.model.parameters()).dtype==_dtype(config)
-        base = base if same else load_policy(spec.name, config.dtype, spec.revision, config.trust_remote_code)
-        policy = put_adapter(base, plan['adapter']) if plan['adapter'] else base
-        try: _run_tasks(run, plan['todo'], policy, plan['panel'], config, plan['weights'])
+        if not (run/'config.json').is_file(): Run.create(config.root, config.model, run.arm, None, plan['new']['identity']).update_json('config.json', plan['new']['facts'])
+        how = spec.source,spec.revision,dtype_name(config.dtype),plan['four_bit']
+        if base is None or base[0]!=how: base = how,load_plain(spec, plan['four_bit'], config.dtype)
+        policy = Policy(base[1].model, base[1].tokenizer, replace(base[1].spec, system_text=plan['system']))
+        if plan['adapter']: policy = put_adapter(policy, plan['adapter'], config.dose)
+        try: _run_tasks(plan, policy)
         finally:
-            if plan['adapter']: base = Policy(policy.model.unload(), base.tokenizer, base.spec)
-    if run.arm=='base' and not run.finished: run.finish(dict(model=spec.name, source=weights_of(run)))
+            if plan['adapter']: base = how,Policy(policy.model.unload(), base[1].tokenizer, base[1].spec)
+    _read_anew(run, plan['panel'])
+    if not _trained(run) and [r for r in find_runs(run.root, arm=run.arm) if r.model_slug==run.model_slug][-1:]!=[run]:
+        run.finish(dict(model=spec.name, source=plan['weights']))  # the comparison takes the latest
     return base
 
-def _dtype(config):
-    import torch
-    return getattr(torch, dtype_name(config.dtype))
 
 # %% ../nbs/api/06_panel.ipynb #c207ec00
+def check_evaluation(config, # An EvaluateConfig
+                    )->None:
+    "Refuse what an evaluation would refuse before it loads anything"
+    for c in config.each(): _plan(c)
+
 def evaluate_all(configs:list, # EvaluateConfigs, of one model or several
                 )->list[Run]: # The runs, each with its `evals` folder
     "Run panels on several runs in one process; the weights of a model are loaded once"
-    plans,base = [_plan(c) for c in configs],None
+    plans,base = [_plan(one) for c in configs for one in c.each()],None
+    plans = list({(p['run'].path, p['run'].evals, p['panel'].hash): p for p in plans}.values())  # seeds share an arm that is not trained
     for p in plans: base = _evaluate(p, base)
     return [p['run'] for p in plans]
 
 def evaluate(config, # An EvaluateConfig
-            )->Run: # The run, with its `evals` folder
-    "Run a panel on one run; what is already there is kept"
+            )->Run: # The run, the first where there are several, with its `evals` folder
+    "Run a panel on one run, or on several; what is already there is kept"
     return evaluate_all([config])[0]
+
 
 # %% ../nbs/api/06_panel.ipynb #d328b639
 def skipped(run:Run)->dict: # Task -> reason
@@ -636,4 +725,4 @@ def read_rows(run:Run, # An evaluated run
     "The item rows that the manifest calls done; needs neither torch nor lm_eval"
     done = [t for t,note in sorted(_notes(run).items()) if note['status']=='done' and (tasks is None or t in tasks)]
     if not done: raise UserError(f"{run.path}: no evaluations; run 04_evaluate on it first")
-    return pd.concat([read_parquet(run/'evals'/f'{t}.parquet') for t in done], ignore_index=True)
+    return pd.concat([read_parquet(run/run.evals/f'{t}.parquet') for t in done], ignore_index=True)

@@ -150,7 +150,10 @@ def report_path(notebook:str, # Name of an experiment notebook
                 config, # Its config
                )->Path: # Where its executed copy belongs
     "The place of the report of an experiment notebook that has run"
-    return result_folder(notebook, config)/REPORTS[notebook]
+    if notebook!='04_evaluate': return result_folder(notebook, config)/REPORTS[notebook]
+    from hmx_feel.panel import find_run
+    run = find_run(config)
+    return run/run.evals/Path(REPORTS[notebook]).name
 
 # %% ../nbs/api/10_sweep.ipynb #0eb11f64
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from hmx_feel.panel import (
 )
 from hmx_feel.policy import Spec, check_model, load_policy, model_id, put_adapter
 from hmx_feel.rubric import Rubric, load_prompts
-from hmx_feel.runs import EvaluateConfig, Run, UserError
+from hmx_feel.runs import EvaluateConfig, Run, UserError, find_runs
 from hmx_feel.stats import paired
 
 torch.set_num_threads(1)
@@ -100,6 +100,12 @@ tasks:
 - {name: expression, kind: expression, metrics: {rubric: descriptive}, cluster: family, relation: trained, limit: 3, max_new: 8}
 """)
     return tmp_path
+
+
+def one_task(folder, name):
+    "The panel with one of its tasks"
+    (folder / f"{name}.yaml").write_text("\n".join(t for t in (folder / "mine.yaml").read_text().splitlines() if not t.startswith("- ") or f"name: {name}," in t))
+    return folder / f"{name}.yaml"
 
 
 class Ask:
@@ -253,13 +259,13 @@ def test_a_run_is_measured_on_the_weights_it_was_made_with(config, folder, tmp_p
     another_model(config.model, tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", moved)
     says = r"was made with weights sha256:\w{12}\.\.\., .*moved is now sha256:\w{12}\.\.\.; pass the revision or folder"
-    monkeypatch.setattr(module, "load_policy", None)
+    monkeypatch.setattr(module, "load_plain", None)
     for run in (base, arm):
         with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(run=str(run.path))))
     with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(arm="forward")))
     monkeypatch.undo()
     assert evaluate(config.model_copy(update=dict(run=str(arm.path)))) == arm
-    assert module.base_run(asked) != base                         # the changed model is another untrained model
+    assert module.find_run(asked) != base                         # the changed model is another untrained model
 
 
 def test_a_hub_model_is_taken_at_the_commit_of_the_run(tmp_path, monkeypatch):
@@ -296,16 +302,74 @@ def test_what_is_there_is_kept(config, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda task, *a, real=module._measure: seen.append(task.name) or real(task, *a))
     assert evaluate(config) == run and seen == ["quiz"]
     assert {p.name: p.read_bytes() for p in (run / "evals").glob("*.parquet")} == whole
-    monkeypatch.setattr(module, "load_policy", None)              # nothing to do: no weights are loaded
+    monkeypatch.setattr(module, "load_plain", None)              # nothing to do: no weights are loaded
     evaluate(config)
     assert len((run.root / "index.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_settings_are_refused_before_loading(config, monkeypatch):
-    evaluate(config)
-    monkeypatch.setattr(module, "load_policy", None)
-    with pytest.raises(UserError, match="was made with limit=0, asked is limit=4; pass replace=True"):
-        evaluate(config.model_copy(update=dict(limit=4)))
+    "of a trained run; the untrained model gets another folder, and the one asked for last is the latest"
+    few, arm = config.model_copy(update=dict(limit=2)), config.model_copy(update=dict(arm="forward", limit=2))
+    trained(config, .5)
+    run, base = evaluate(arm), evaluate(few)
+    again = evaluate(config.model_copy(update=dict(limit=1)))
+    assert again != base and read_rows(base, ["quiz"]).item_id.nunique() == 2 and read_rows(again, ["quiz"]).item_id.nunique() == 1
+    monkeypatch.setattr(module, "load_plain", None)
+    with pytest.raises(UserError, match="was made with limit=2, asked is limit=4; pass replace=True"):
+        evaluate(arm.model_copy(update=dict(limit=4)))
+    assert evaluate(few) == base == find_runs(config.root, config.model, "base")[-1] and evaluate(arm) == run
+
+
+def test_a_panel_that_adds_a_task_shares_the_base_and_another_definition_does_not(config, folder):
+    base = evaluate(config.model_copy(update=dict(panel=str(one_task(folder, "quiz")))))
+    text = (folder / "mine.yaml").read_text()
+    assert module.find_run(config) == base
+    (folder / "mine.yaml").write_text(text.replace("cluster: cluster", "cluster: cluster, system: Be brief."))
+    assert module.find_run(config) != base
+    (folder / "mine.yaml").write_text(text.replace("acc: higher", "acc: descriptive").replace("relation: isolated", "relation: implied"))
+    assert evaluate(config) == base                               # the same rows, read otherwise
+    note = base.read_json("evals/manifest.json")["tasks"]["quiz"]
+    assert (note["metrics"]["acc"], note["relation"], note["endpoint"]) == ("descriptive", "implied", "acc")
+    assert note["settings"]["load"] == dict(quantisation="", backend="trl") and not {"metrics", "relation"} & note["settings"]["task"].keys()
+
+
+def test_four_bits_are_those_of_the_training(config):
+    "and refused where there is no card for them, before any weights load"
+    run = trained(config, .5)
+    run.update_json("config.json", dict(resolved=dict(load_in_4bit=True)))
+    asked = config.model_copy(update=dict(arm="forward"))
+    for c in (asked, config.model_copy(update=dict(load_in_4bit=True))):
+        with pytest.raises(UserError, match="load_in_4bit: needs a CUDA GPU"): evaluate(c)
+    assert module.task_settings(load_panel(config.panel)["quiz"], asked, "m", "w", run.read_json("config.json"))["load"]["quantisation"] == "4bit"
+
+
+def test_a_prompted_arm_is_the_untrained_model_with_the_rubric_before_it(config, monkeypatch):
+    "in the chat and outside of it; neither the judge nor the checksums of the rows know of it"
+    seen, real = [], module._run_tasks
+    monkeypatch.setattr(module, "_run_tasks", lambda plan, policy: seen.append(policy) or real(plan, policy))
+    base, run = module.evaluate_all([config.model_copy(update=dict(arm="base,prompted", seed="0,1"))])
+    text = Rubric.load("hmx-feel").system_text()
+    assert [p.spec.system_text for p in seen] == ["", text] and run.path.parent.name == "prompted" and run.finished
+    a, b = read_rows(run), read_rows(base)
+    assert list(a.prompt_sha) == list(b.prompt_sha) and list(a.raw) != list(b.raw)
+    assert set(paired(a, b, "quiz", "acc").index) == set(paired(b, b, "quiz", "acc").index)
+    heads = [Judge(p, Rubric.load("hmx-feel")).pieces.head for p in seen]
+    assert heads[0] == heads[1]
+    plain = [policy_lm(p, chat=False).loglikelihood([Ask(q, " crow") for q in (f"{text}\n\nWhich one?", "Which one?")]) for p in seen]
+    assert plain[1][1][0] == pytest.approx(plain[0][0][0], abs=1e-4) and abs(plain[0][1][0] - plain[0][0][0]) > 1e-3
+    assert evaluate(config.model_copy(update=dict(run=str(run.path)))) == run
+
+
+def test_a_checkpoint_and_a_dose_lie_beside_the_end(config, folder):
+    run, asked = trained(config, .5), config.model_copy(update=dict(arm="forward", panel=str(one_task(folder, "quiz"))))
+    shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-100")
+    end, step, half, none = (evaluate(asked.model_copy(update=c)) for c in ({}, dict(step=100), dict(dose=.5), dict(step=100, dose=0.)))
+    assert [r.evals for r in (end, step, half, none)] == ["evals", "evals/step-000100", "evals/dose-0.50", "evals/step-000100-dose-0.00"]
+    raw = [list(read_rows(r).raw) for r in (end, step, half, none, evaluate(config))]
+    assert raw[0] == raw[1] != raw[2] and raw[3] == list(read_rows(evaluate(config), ["quiz"]).raw)
+    kept = run.read_json("evals/step-000100-dose-0.00/manifest.json")["tasks"]["quiz"]["settings"]
+    assert (kept["step"], kept["dose"]) == (100, 0)
+    with pytest.raises(UserError, match="step: found 90, allowed: 0, 100, of which 0 is the end"): evaluate(asked.model_copy(update=dict(step=90)))
 
 
 def test_a_killed_task_leaves_nothing_half_written(config, monkeypatch):

@@ -87,8 +87,8 @@ def test_three_runs_in_one_process_load_the_weights_once(folder, tmp_path, monke
         net.save_pretrained(run / "adapter")
         run.finish({})
     asked = [base, *(config(folder, tmp_path / "runs", arm="forward", seed=i) for i in (0, 1))]
-    loads, real = [], panel.load_policy
-    monkeypatch.setattr(panel, "load_policy", lambda *a, **kw: loads.append(a) or real(*a, **kw))
+    loads, real = [], panel.load_plain
+    monkeypatch.setattr(panel, "load_plain", lambda *a, **kw: loads.append(a) or real(*a, **kw))
     together = [read_rows(r) for r in evaluate_all(asked)]
     assert len(loads) == 1
     assert len({tuple(t[t.task == "quiz"].raw) for t in together}) == 3
