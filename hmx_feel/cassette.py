@@ -9,7 +9,7 @@ __all__ = ['write_cassette', 'rescored', 'read_cassette', 'play']
 import gzip,json
 from pathlib import Path
 import numpy as np,pandas as pd
-from .runs import SCHEMA,UserError,Run,check_schema,run_path,write_bytes,write_json,write_parquet
+from .runs import SCHEMA,UserError,Run,check_schema,read_json,run_path,write_bytes,write_json,write_parquet
 from .panel import COLUMNS,named,read_rows
 
 # %% ../nbs/api/06f_cassette.ipynb #021dd9b3
@@ -17,8 +17,8 @@ def write_cassette(run:Run, # An evaluated run
                    path, # File to write, gzipped JSON lines
                   )->Path: # The path
     "Record what a run said in its evaluations"
-    rows,keys = read_rows(run),{p.stem: run.read_json(f'evals/keys/{p.stem}.json') for p in sorted((run/'evals'/'keys').glob('*.json'))}
-    head = dict(schema=SCHEMA, model=run.model_slug, arm=run.arm, seed=run.seed, id8=run.id8, config=run.read_json('config.json'), manifest=run.read_json('evals/manifest.json'),
+    rows,keys = read_rows(run),{p.stem: read_json(p) for p in sorted((run/run.evals/'keys').glob('*.json'))}
+    head = dict(schema=SCHEMA, model=run.model_slug, arm=run.arm, seed=None if run.path.name==run.id8 else run.seed, id8=run.id8, evals=run.evals, config=run.read_json('config.json'), manifest=run.read_json(f'{run.evals}/manifest.json'),
                 result=run.read_json('result.json') if run.finished else None, keys=keys)
     lines = [head, *rows[COLUMNS].astype(object).where(rows[COLUMNS].notna(), None).to_dict('records')]
     text = ''.join(json.dumps(l, sort_keys=True, ensure_ascii=False)+'\n' for l in lines)
@@ -59,9 +59,10 @@ def play(path, # A cassette
     "Make an evaluated run folder from a cassette"
     head,rows = read_cassette(path)
     run = Run(run_path(root, head['model'], head['arm'], head['seed'], head['id8']))
-    if (run/'evals').exists(): raise UserError(f"{run.path}: has evaluations already, allowed: another folder of runs")
-    for task,g in rows.groupby('task', sort=False): write_parquet(run/'evals'/f'{task}.parquet', g.reset_index(drop=True))
-    for task,k in head['keys'].items(): write_json(run/'evals'/'keys'/f'{task}.json', k)
-    for name,what in {'evals/manifest.json': head['manifest'], 'config.json': head['config'], 'result.json': head['result']}.items():
+    run.evals = head['evals']
+    if (run/run.evals/'manifest.json').exists(): raise UserError(f"{run.path}: has evaluations already, allowed: another folder of runs")
+    for task,g in rows.groupby('task', sort=False): write_parquet(run/run.evals/f'{task}.parquet', g.reset_index(drop=True))
+    for task,k in head['keys'].items(): write_json(run/run.evals/'keys'/f'{task}.json', k)
+    for name,what in {f'{run.evals}/manifest.json': head['manifest'], 'config.json': head['config'], 'result.json': head['result']}.items():
         if what is not None: write_json(run/name, what)
     return run

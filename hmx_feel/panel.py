@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'Direction', 'DATA', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task', 'named', 'measure_of',
-           'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key', 'scorer_of',
-           'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder', 'weights_of', 'run_spec',
-           'four_bit', 'task_settings', 'reading', 'find_run', 'judge_roles', 'Judges', 'Case', 'write_manifest',
-           'check_evaluation', 'evaluate_all', 'evaluate', 'skipped', 'read_rows']
+           'panel_path', 'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key',
+           'scorer_of', 'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder', 'weights_of',
+           'run_spec', 'four_bit', 'judge_roles', 'Judges', 'Case', 'judge_layout', 'task_settings', 'reading',
+           'find_run', 'write_manifest', 'check_evaluation', 'evaluate_all', 'evaluate', 'skipped', 'read_rows']
 
 # %% ../nbs/api/06_panel.ipynb #5a093478
 import functools,importlib.util,inspect,json,logging,re,shutil
@@ -32,7 +32,7 @@ from .bbq import bbq
 log = logging.getLogger('hmx_feel')
 Direction = Literal['higher','lower','toward_zero','descriptive']
 _READ = dict(lm_eval=('task','items','data','score','options','chat','shots','system','thinking','decoding'),
-             expression=('rubric','prompts','split','kinds','max_new','seed'), measure=('measure','options','chat'))
+             expression=('rubric','prompts','split','kinds','max_new','seed'), measure=('task','measure','options','chat'))
 
 class Task(BaseModel):
     "One task of a panel"
@@ -44,7 +44,7 @@ class Task(BaseModel):
     cluster:str = Field('', description="field of an item that names its cluster; empty = each item alone")
     relation:Literal['trained','implied','isolated'] = Field(description="relation to the rubric")
     limit:int = Field(0, ge=0, description="only the first items; 0 = all")
-    task:str = Field('', description="lm_eval: the task behind a name of your own; letters = lettered items")
+    task:str = Field('', description="the task or measure behind a name of your own; lm_eval: letters = lettered items")
     items:str = Field('', description="lm_eval: a JSONL file of lettered items, beside the panel file")
     data:str = Field('', description="lm_eval: benchmark data of a fixed version, such as truthfulqa/v0")
     score:str = Field('', description="lm_eval: function of ours that scores an item, such as hmx_feel.truthfulqa.mc2")
@@ -69,6 +69,7 @@ class Task(BaseModel):
             raise ValueError(f"endpoint: found {self.endpoint!r}, allowed: {', '.join(self.metrics)}{nearest(self.endpoint, self.metrics)}")
         odd = [f for f in sorted(self.model_fields_set) if f in sum(_READ.values(), ()) and f not in _READ[self.kind]]
         if odd: raise ValueError(f"found {', '.join(odd)}, which a task of kind {self.kind} does not read")
+        if self.task and self.measure: raise ValueError("found task and measure, allowed: one of them")
         for name,change in self.sensitivity.items():
             wrong = [f for f in change if f not in ('chat','shots','system','thinking','decoding','options')]
             if wrong: raise ValueError(f"sensitivity.{name}: found {wrong[0]!r}, allowed: chat, shots, system, thinking, decoding, options{nearest(wrong[0], Task.model_fields)}")
@@ -77,9 +78,11 @@ class Task(BaseModel):
     def main(self)->str: return self.endpoint or next(iter(self.metrics))
     @property
     def direction(self)->str: return self.metrics[self.main]
+    @property
+    def behind(self)->str: return self.task or self.name # What is run, whatever it is called here
     def variants(self)->list: # Tasks named `<task>.<variant>`, all descriptive
         "The same task, asked in its other ways"
-        free = dict(sensitivity={}, metrics={m:'descriptive' for m in self.metrics})
+        free = dict(sensitivity={}, metrics={m:'descriptive' for m in self.metrics}) | ({} if self.items or self.measure else dict(task=self.behind))
         return [Task(**self.model_dump(exclude_unset=True) | change | free | dict(name=f'{self.name}.{v}')) for v,change in self.sensitivity.items()]
 
 # %% ../nbs/api/06_panel.ipynb #b049e2a5
@@ -153,7 +156,7 @@ def measure_of(task:Task): # A function (policy, case, **options) -> rows and wh
     "What runs a task of kind measure"
     if task.measure: return named(task.measure, 'measure')
     if importlib.util.find_spec('hmx_feel.measure') is None: raise UserError("measure: empty, allowed: the full name of a function, such as hmx_feel.truthfulqa.generation")
-    importlib.import_module('hmx_feel.measure').find_measure(task.name)
+    importlib.import_module('hmx_feel.measure').find_measure(task.behind)
 
 # %% ../nbs/api/06_panel.ipynb #eb5b249a
 def _line(path, loc)->str:
@@ -168,15 +171,21 @@ def _line(path, loc)->str:
         at = node.start_mark.line
     return f'line {at+1}: '
 
+def panel_path(name, # A shipped panel or a YAML file, `+sensitivity` may stand behind it
+               field:str='panel', # For the message
+              )->tuple[Path,bool]: # Its file, and whether the other ways of asking are asked for
+    "The file of a panel"
+    name,_,more = str(name).partition('+')
+    if more not in ('','sensitivity'): raise UserError(f"{field}: found {'+'+more!r}, allowed: +sensitivity{nearest(more, ['sensitivity'])}")
+    names = data_names('tasks/panels')
+    if not Path(name).expanduser().is_file() and name not in names:
+        raise UserError(f"{field}: found {name!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
+    return data_path('tasks/panels', name),bool(more)
+
 def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it adds the other ways of asking
               )->Panel: # Checked; every task in it exists
     "A panel by its name; mistakes are named by file, line, task and field"
-    name,_,more = str(name).partition('+')
-    if more not in ('','sensitivity'): raise UserError(f"panel: found {'+'+more!r}, allowed: +sensitivity{nearest(more, ['sensitivity'])}")
-    names = data_names('tasks/panels')
-    if not Path(name).expanduser().is_file() and name not in names:
-        raise UserError(f"panel: found {name!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
-    path = data_path('tasks/panels', name); raw = read_yaml(path)
+    path,more = panel_path(name); raw = read_yaml(path)
     def place(loc):
         tasks = raw.get('tasks')
         known = lambda i: tasks[i].get('name', i) if isinstance(tasks, list) and isinstance(tasks[i], dict) else i
@@ -185,7 +194,9 @@ def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it 
     except ValidationError as e: raise UserError(f"{path}: {_line(path, e.errors()[0]['loc'])}{explain(e, Panel, place=place)}") from None
     panel._folder = path.parent
     for i,t in enumerate(panel.tasks):
-        try: _check_task(t, path)
+        try:
+            for one in (t, *t.variants()): _check_task(one, path)
+        except ValidationError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: sensitivity: {explain(e, Task)}") from None
         except UserError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: {e}") from None
     if more: panel.tasks = panel.tasks + [v for t in panel.tasks for v in t.variants()]
     return panel
@@ -195,10 +206,20 @@ def _check_task(task, path):
     if task.data and task.data not in DATA: raise UserError(f"data: found {task.data!r}, allowed: {', '.join(DATA)}{nearest(task.data, DATA)}")
     if task.score: named(task.score, 'score')
     if task.kind=='expression': Rubric.load(task.rubric)
-    elif task.kind=='measure': measure_of(task)
+    elif task.kind=='measure': _check_measure(task)
     elif task.task=='letters':
         if not (task.items or task.data): raise UserError("task: found 'letters' without items or data, allowed: letters with one of them")
-    elif not task.items: find_task(task.task or task.name, path.parent)
+    elif not task.items: find_task(task.behind, path.parent)
+
+def _check_measure(task):
+    "Refuse options that the measure does not take"
+    run = measure_of(task)
+    named = None if run else importlib.import_module('hmx_feel.measure').find_measure(task.behind).run
+    known = inspect.signature(run or named).parameters; free = list(known)[2 if run else 3:]  # behind policy and case, or items, asker and judge
+    for o in task.options:
+        if o not in free and not any(p.kind==p.VAR_KEYWORD for p in known.values()): raise UserError(f"options: found {o!r}, allowed: {', '.join(free) or 'none'}{nearest(o, free)}")
+    if named and not task.chat: raise UserError("chat: found false, allowed: true, this measure asks in a chat")
+
 
 # %% ../nbs/api/06_panel.ipynb #a5c94b19
 def letter_metrics(doc:dict, # A lettered item
@@ -246,7 +267,7 @@ def prepare(task:Task, # A task of kind lm_eval
            )->tuple[dict,dict]: # lm_eval's tasks by name, and where their data come from
     "Load a task with the data that lie here, or say why it cannot run"
     from lm_eval.tasks import TaskManager
-    cache,name = Path(cache),task.task or task.name
+    cache,name = Path(cache),task.behind
     lettered = bool(task.items) or name=='letters'
     file = tasks_folder()/'letters.yaml' if lettered else find_task(name, folder)
     if file is None:
@@ -270,7 +291,7 @@ def _task_data(task, file, config, folder, cache, benchmarks, lettered)->tuple:
         return dict(local(**{split: str(_write_items(cache, task.name, docs))}), dataset_path='json', dataset_name=None),about
     if (files := _local_files(file, config, cache)) is not None:
         return dict(dataset_kwargs=files),{f'{Path(f).parent.name}/{Path(f).name}': git_blob(Path(f).read_bytes()) for f in files['data_files'].values()}
-    found = None if lettered else importlib.import_module('hmx_feel.breadth').local_keys(task.task or task.name, config, benchmark_folder(benchmarks), cache)
+    found = None if lettered else importlib.import_module('hmx_feel.breadth').local_keys(task.behind, config, benchmark_folder(benchmarks), cache)
     return found or ({},dict(source=config.get('dataset_path'), name=config.get('dataset_name')))
 
 def _load(manager, name):
@@ -355,7 +376,7 @@ def run_lm_eval(task:Task, # A task of kind lm_eval
     samples = [(name, s) for name,group in out['samples'].items() for s in group]
     if keys is not None: keys += [(str(s['doc'].get('id', s['doc_id'])), int(s['doc'].get('order') or 0), item_key(s['doc'])) for _,s in samples]
     rows = pd.DataFrame([r for name,s in samples for r in sample_rows(task, name, s)])
-    rows = importlib.import_module('hmx_feel.breadth').more_rows(task.task or task.name, rows)
+    rows = importlib.import_module('hmx_feel.breadth').more_rows(task.behind, rows)
     for m in task.metrics:
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='')[COLUMNS]
@@ -440,7 +461,72 @@ def four_bit(config, # An EvaluateConfig
     return bool(auto if config.load_in_4bit is None else config.load_in_4bit)
 
 
+# %% ../nbs/api/06_panel.ipynb #3fde7672
+def judge_roles(config)->dict: # Role -> model
+    "The judge models of a config"
+    out = {}
+    for part in split_list(config.judges):
+        role,given,model = part.partition('=')
+        if not (given and role.strip() and model.strip()): raise UserError(f"judges: found {part!r}, allowed: role=model, separated by commas, such as truth=owner/name,info=owner/name")
+        out[role.strip()] = model.strip()
+    return out
+
+@functools.cache
+def _id_of(model:str, code:bool)->str: return model_id(check_model(model, '', code))
+
+def _judges_read(task, config)->dict: # Role -> model and id, empty where it is not filled
+    "The judges of those that were given which a measure reads"
+    given,run = judge_roles(config),measure_of(task)
+    roles = getattr(run, 'roles', given) if run else importlib.import_module('hmx_feel.measure').find_measure(task.behind).roles
+    name = lambda m: f'{m} {_id_of(m, config.trust_remote_code)[:19]}'
+    return {r: name(given[r]) if r in given else '' for r in (roles(task.options) if callable(roles) else roles)}
+
+class Judges:
+    "Judge models by role, each loaded once, when it is first asked for"
+    def __init__(self, config, measured:str=''): # An EvaluateConfig, and the id of the untrained weights
+        self.models,self.config,self.measured,self.loaded = judge_roles(config),config,measured,{}
+        for role in self.models: self._check(role)
+    def _check(self, role):
+        if _id_of(self.models[role], self.config.trust_remote_code)==self.measured: raise UserError(f"judges: {role}: found {self.models[role]}, which is the measured model or its base, allowed: another model")
+    def get(self, role)->Policy:
+        if role not in self.models: raise Skipped(f"it needs a judge model for the role {role}, another than the trained one and its base, and none was given: judges={role}=owner/name")
+        name = self.models[role]
+        if name not in self.loaded: self.loaded[name] = load_policy(name, self.config.dtype, '', self.config.trust_remote_code)
+        return self.loaded[name]
+    def name(self, role)->str: return f'{self.models[role]} {_id_of(self.models[role], self.config.trust_remote_code)[:19]}'
+
+@dataclass
+class Case:
+    "The place of a measure in an evaluation"
+    task:Task # The task of the panel
+    config:object # An EvaluateConfig
+    limit:int=0 # Only the first items; 0 = all
+    folder:Path|None=None # Folder of the panel file
+    journal:Journal|None=None # What was computed before
+    judges:Judges|None=None # Judge models
+    policy:Policy|None=None # Who is measured
+    saved:dict|None=None # config.json of the run
+    @property
+    def batch_size(self)->int: return self.config.batch_size
+    @property
+    def benchmarks(self)->str: return self.config.benchmarks
+    def judge(self, role)->Policy: return self.judges.get(role)
+    def journal_of(self, role)->Journal|None: return None if self.journal is None else self.journal.of(self.judges.name(role))
+    def layout(self, rubric, role='')->str: # Of the base judge, or of a judge model
+        "How the rubric is shown to a judge"
+        return judge_layout(self.config, self.judge(role).spec.name, rubric) if role else judge_layout(self.config, self.policy.spec.name, rubric, self.saved)
+    def judge_names(self, *roles)->dict: return {r: self.judges.name(r) for r in roles}
+
 # %% ../nbs/api/06_panel.ipynb #bfb9a84b
+def judge_layout(config, # An EvaluateConfig
+                 model:str, # Who judges
+                 rubric:Rubric, # By what
+                 saved:dict|None=None, # config.json of the run, where its own base judge is meant
+                )->str: # rubric_first or criterion_last
+    "The layout in which a model judges: as calibrated with this rubric, else as the run was trained, else rubric_first"
+    from hmx_feel.exam import calibration_for
+    return (calibration_for(config.root, model, rubric) or {}).get('layout') or ((saved or {}).get('resolved') or {}).get('layout') or 'rubric_first'
+
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
                   model:str, # Model of the run
@@ -451,10 +537,11 @@ def task_settings(task:Task, # A task
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
     out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights,
                load=dict(quantisation='4bit'*four_bit(config, saved), backend='trl'), step=config.step, dose=config.dose)
-    if task.kind=='measure': return out | dict(judges=config.judges)
+    if task.kind=='measure': return out | dict(judges=_judges_read(task, config))
     if task.kind=='lm_eval': return out
-    return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
-                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
+    rubric = Rubric.load(task.rubric)
+    return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=rubric.hash,
+                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', layout=judge_layout(config, model, rubric, saved), max_new=task.max_new or recipe(model).max_completion)
 
 def reading(task:Task)->dict: # metrics, relation, endpoint
     "How the numbers of a task are to be read"
@@ -531,14 +618,14 @@ def _trained(run)->bool: return run.path.name!=run.id8
 
 
 # %% ../nbs/api/06_panel.ipynb #7a5f0c39
-def _measure(task, policy, panel, config, settings, cache, journal=None, judges=None)->tuple:
+def _measure(task, policy, panel, config, settings, cache, journal=None, judges=None, saved=None)->tuple:
     "Item rows of one task, where its data come from, and what is needed to score it again"
     if task.kind=='expression':
         rubric = Rubric.load(task.rubric)
         prompts = choose_prompts(load_prompts(task.prompts, split=task.split, kinds=task.kinds or rubric.paid_kinds), settings['limit'])
-        rows = expression(policy, Judge(policy, rubric, min_mass=config.min_mass), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size, journal)
+        rows = expression(policy, Judge(policy, rubric, min_mass=config.min_mass, layout=settings['layout']), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size, journal)
         return rows.assign(task=task.name), dict(prompts=len(prompts), rubric=rubric.name), None
-    if task.kind=='measure': return *_run_measure(task, Case(task, config, settings['limit'], panel._folder, journal, judges, policy)), None
+    if task.kind=='measure': return *_run_measure(task, Case(task, config, settings['limit'], panel._folder, journal, judges, policy, saved)), None
     (made,about),keys = prepare(task, panel._folder, cache, config.benchmarks),[]
     rows = run_lm_eval(task, policy, made, config.batch_size, settings['limit'], journal, keys)
     return rows, about, dict(scorer=scorer_of(task, made), items=keys)
@@ -551,49 +638,6 @@ def _note(rows, task, settings, about, config)->dict:
                 means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
 
 
-# %% ../nbs/api/06_panel.ipynb #3fde7672
-def judge_roles(config)->dict: # Role -> model
-    "The judge models of a config"
-    out = {}
-    for part in split_list(config.judges):
-        role,given,model = part.partition('=')
-        if not (given and role.strip() and model.strip()): raise UserError(f"judges: found {part!r}, allowed: role=model, separated by commas, such as truth=owner/name,info=owner/name")
-        out[role.strip()] = model.strip()
-    return out
-
-class Judges:
-    "Judge models by role, each loaded once, when it is first asked for"
-    def __init__(self, config, measured:str=''): # An EvaluateConfig, and the id of the untrained weights
-        self.models,self.config,self.measured,self.loaded = judge_roles(config),config,measured,{}
-        for role in self.models: self.spec(role)
-    def spec(self, role):
-        spec = check_model(self.models[role], '', self.config.trust_remote_code)
-        if self.measured and model_id(spec)==self.measured: raise UserError(f"judges: {role}: found {self.models[role]}, which is the measured model or its base, allowed: another model")
-        return spec
-    def get(self, role)->Policy:
-        if role not in self.models: raise Skipped(f"it needs a judge model for the role {role}, another than the trained one and its base, and none was given: judges={role}=owner/name")
-        name = self.models[role]
-        if name not in self.loaded: self.loaded[name] = load_policy(name, self.config.dtype, '', self.config.trust_remote_code)
-        return self.loaded[name]
-    def name(self, role)->str: return f'{self.models[role]} {model_id(self.spec(role))[:19]}'
-
-@dataclass
-class Case:
-    "The place of a measure in an evaluation"
-    task:Task # The task of the panel
-    config:object # An EvaluateConfig
-    limit:int=0 # Only the first items; 0 = all
-    folder:Path|None=None # Folder of the panel file
-    journal:Journal|None=None # What was computed before
-    judges:Judges|None=None # Judge models
-    policy:Policy|None=None # Who is measured
-    @property
-    def batch_size(self)->int: return self.config.batch_size
-    @property
-    def benchmarks(self)->str: return self.config.benchmarks
-    def judge(self, role)->Policy: return self.judges.get(role)
-    def judge_names(self, *roles)->dict: return {r: self.judges.name(r) for r in roles}
-
 # %% ../nbs/api/06_panel.ipynb #c0b6740b
 def _run_measure(task, case)->tuple:
     "Rows of a measure, by its function or by its name"
@@ -602,8 +646,9 @@ def _run_measure(task, case)->tuple:
         if run: rows,about = run(case.policy, case, **task.options)
         else:
             home = importlib.import_module('hmx_feel.measure')
-            judge = home.Asker(case.judge('judge'), case.batch_size) if 'judge' in case.judges.models else None
-            rows,about = home.run_measure(task.name, home.Asker(case.policy, case.batch_size), case.benchmarks, judge, case.limit)
+            read = [r for r in home.find_measure(task.behind).roles if r in case.judges.models]
+            judge = home.Asker(case.judge('judge'), case.batch_size, case.journal_of('judge')) if read else None
+            rows,about = home.run_measure(task.behind, home.Asker(case.policy, case.batch_size, case.journal), case.benchmarks, judge, case.limit, **task.options)
     for m in task.metrics:
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='', task=task.name)[COLUMNS], about
@@ -617,25 +662,30 @@ def _partial(plan)->Journal:
                  dtype=dtype_name(config.dtype), batch_size=config.batch_size, threads=config.threads, versions={p: packages[p] for p in ('torch','transformers','peft','lm_eval')})
     return Journal(run/run.evals/'.partial.jsonl', **facts)
 
-def _run_tasks(plan, policy):
-    "Measure task after task; each is written as soon as it is done"
+def _run_tasks(plan, policy)->dict: # Task -> why it failed
+    "Measure task after task; each is written as soon as it is done, and one that fails does not keep the others from it"
     from tqdm.auto import tqdm
     run,panel,config = plan['run'],plan['panel'],plan['config']
     place = run/run.evals
-    cache,journal,judges = place/'.cache',_partial(plan),Judges(config, plan['weights'])
+    cache,journal,judges,failed = place/'.cache',_partial(plan),Judges(config, plan['weights']),{}
     try:
         for task,settings in (bar := tqdm(plan['todo'], desc=f'panel {panel.name}')):
             bar.set_postfix_str(task.name)
-            try: rows,about,keys = _measure(task, policy, panel, config, settings, cache, journal, judges)
+            try: rows,about,keys = _measure(task, policy, panel, config, settings, cache, journal, judges, run.read_json('config.json'))
             except Skipped as e:
                 log.warning('%s is skipped: %s', task.name, e)
                 note = dict(status='skipped', reason=str(e), settings=settings)
+            except Exception as e:
+                failed[task.name] = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                log.error('%s has failed: %s', task.name, failed[task.name], exc_info=not isinstance(e, UserError))
+                note = dict(status='failed', reason=failed[task.name], settings=settings)
             else:
                 if keys: write_json(place/'keys'/f'{task.name}.json', dict(keys, schema=SCHEMA))
                 write_parquet(place/f'{task.name}.parquet', rows.assign(run_id=run.id8))
                 note = _note(rows, task, settings, about, config)
             write_manifest(run, panel, task.name, note | reading(task))
-        (place/'.partial.jsonl').unlink()
+        if not failed: (place/'.partial.jsonl').unlink()
+        return failed
     finally: shutil.rmtree(cache, ignore_errors=True)
 
 def write_manifest(run:Run, # What was measured
@@ -673,10 +723,10 @@ def _plan(config)->dict:
     return dict(config=config, panel=panel, run=run, new=new, spec=spec, weights=weights, todo=todo, four_bit=four, system=saved.get('system_text', new.get('facts', {}).get('system_text', '')),
                 adapter=adapter_folder(run, config.step) if todo and _trained(run) else None)
 
-def _evaluate(plan, base):
-    "Carry out a plan; returns the policy without adapter, behind what it was loaded with"
+def _evaluate(plan, base)->tuple: # What was loaded and how, without adapter; task -> why it failed
+    "Carry out a plan"
     import torch
-    run,config,spec = plan['run'],plan['config'],plan['spec']
+    run,config,spec,failed = plan['run'],plan['config'],plan['spec'],{}
     if plan['todo']:
         torch.set_num_threads(config.threads)
         if not (run/'config.json').is_file(): Run.create(config.root, config.model, run.arm, None, plan['new']['identity']).update_json('config.json', plan['new']['facts'])
@@ -684,13 +734,13 @@ def _evaluate(plan, base):
         if base is None or base[0]!=how: base = how,load_plain(spec, plan['four_bit'], config.dtype)
         policy = Policy(base[1].model, base[1].tokenizer, replace(base[1].spec, system_text=plan['system']))
         if plan['adapter']: policy = put_adapter(policy, plan['adapter'], config.dose)
-        try: _run_tasks(plan, policy)
+        try: failed = _run_tasks(plan, policy)
         finally:
             if plan['adapter']: base = how,Policy(policy.model.unload(), base[1].tokenizer, base[1].spec)
     _read_anew(run, plan['panel'])
     if not _trained(run) and [r for r in find_runs(run.root, arm=run.arm) if r.model_slug==run.model_slug][-1:]!=[run]:
         run.finish(dict(model=spec.name, source=plan['weights']))  # the comparison takes the latest
-    return base
+    return base,failed
 
 
 # %% ../nbs/api/06_panel.ipynb #c207ec00
@@ -704,7 +754,11 @@ def evaluate_all(configs:list, # EvaluateConfigs, of one model or several
     "Run panels on several runs in one process; the weights of a model are loaded once"
     plans,base = [_plan(one) for c in configs for one in c.each()],None
     plans = list({(p['run'].path, p['run'].evals, p['panel'].hash): p for p in plans}.values())  # seeds share an arm that is not trained
-    for p in plans: base = _evaluate(p, base)
+    told,asked = [],sum(len(p['todo']) for p in plans)
+    for p in plans:
+        base,failed = _evaluate(p, base)
+        told += [f"{p['run'].arm} {t}: {why}" for t,why in failed.items()]
+    if told: raise UserError(f"{len(told)} of {asked} tasks failed, the others are measured; what failed is run again next time: {'; '.join(told)}")
     return [p['run'] for p in plans]
 
 def evaluate(config, # An EvaluateConfig
@@ -716,7 +770,7 @@ def evaluate(config, # An EvaluateConfig
 # %% ../nbs/api/06_panel.ipynb #d328b639
 def skipped(run:Run)->dict: # Task -> reason
     "What was not run, and why"
-    return {name: note['reason'] for name,note in sorted(_notes(run).items()) if note['status']=='skipped'}
+    return {name: ('failed: ' if note['status']=='failed' else '') + note['reason'] for name,note in sorted(_notes(run).items()) if note['status'] in ('skipped','failed')}
 
 # %% ../nbs/api/06_panel.ipynb #0ee0688f
 def read_rows(run:Run, # An evaluated run

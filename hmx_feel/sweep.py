@@ -245,7 +245,7 @@ def demo_jobs(root:Path, # Folder of all runs
     "The main job as jobs"
     both = dict(model=model, runs=str(root), replace=True)
     train = [Job(f'03_train {a}', '03_train', dict(both, arm=a), after=('02_judge',)) for a in arms]
-    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a), after=() if a=='base' else (f'03_train {a}',))
+    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a), after=('02_judge',) if a=='base' else (f'03_train {a}',))
                for a in ('base',*arms)]
     compare = dict(model=model, runs=str(root), arms=','.join(arms))
     return [Job('02_judge', '02_judge', both), *measure[:1], *train, *measure[1:],

@@ -136,10 +136,15 @@ def test_a_broken_model_fails_loudly(stand_in, folder):
     with pytest.raises(UserError, match="9 of 9 log-likelihoods are not finite"): run_lm_eval(task, policy, made)
 
 
-def test_too_long_a_text_is_an_error(stand_in):
+def test_too_long_a_text_is_an_error(stand_in, folder):
+    "which names its items"
     policy = load_policy(stand_in("qwen3"))
-    with pytest.raises(UserError, match="1 of 2 texts are longer than the model's 4096 tokens"):
+    with pytest.raises(UserError, match="1 of 2 texts are longer than the model's 4096 tokens: 'word word"):
         policy_lm(policy, chat=False).loglikelihood([Ask("Q", " A"), Ask("word " * 5000, " A")])
+    task = load_panel(folder / "mine.yaml")["quiz"]
+    made, _ = prepare(task, folder, folder / "cache")
+    policy.model.config.max_position_embeddings = 20
+    with pytest.raises(UserError, match="27 of 27 texts are longer than the model's 20 tokens: bird-0, bird-1, bird-2, bird-3, bird-4 and 4 more;"): run_lm_eval(task, policy, made)
 
 
 def test_evaluating_leaves_the_policy_as_found(stand_in, folder):
@@ -352,7 +357,7 @@ def test_a_prompted_arm_is_the_untrained_model_with_the_rubric_before_it(config,
     assert [p.spec.system_text for p in seen] == ["", text] and run.path.parent.name == "prompted" and run.finished
     a, b = read_rows(run), read_rows(base)
     assert list(a.prompt_sha) == list(b.prompt_sha) and list(a.raw) != list(b.raw)
-    assert set(paired(a, b, "quiz", "acc").index) == set(paired(b, b, "quiz", "acc").index)
+    assert len(paired(a, b, "quiz", "acc")) == 9
     heads = [Judge(p, Rubric.load("hmx-feel")).pieces.head for p in seen]
     assert heads[0] == heads[1]
     plain = [policy_lm(p, chat=False).loglikelihood([Ask(q, " crow") for q in (f"{text}\n\nWhich one?", "Which one?")]) for p in seen]
@@ -365,7 +370,7 @@ def test_a_checkpoint_and_a_dose_lie_beside_the_end(config, folder):
     shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-100")
     end, step, half, none = (evaluate(asked.model_copy(update=c)) for c in ({}, dict(step=100), dict(dose=.5), dict(step=100, dose=0.)))
     assert [r.evals for r in (end, step, half, none)] == ["evals", "evals/step-000100", "evals/dose-0.50", "evals/step-000100-dose-0.00"]
-    raw = [list(read_rows(r).raw) for r in (end, step, half, none, evaluate(config))]
+    raw = [list(read_rows(r).raw) for r in (end, step, half, none)]
     assert raw[0] == raw[1] != raw[2] and raw[3] == list(read_rows(evaluate(config), ["quiz"]).raw)
     kept = run.read_json("evals/step-000100-dose-0.00/manifest.json")["tasks"]["quiz"]["settings"]
     assert (kept["step"], kept["dose"]) == (100, 0)
@@ -379,6 +384,21 @@ def test_a_killed_task_leaves_nothing_half_written(config, monkeypatch):
     run, = (Run(p.parent) for p in config.root.glob("*/base/*/config.json"))
     assert sorted(p.name for p in (run / "evals").iterdir()) == [".partial.jsonl", "keys", "manifest.json", "quiz.parquet"]
     assert not run.finished and list(run.read_json("evals/manifest.json")["tasks"]) == ["quiz"]
+
+
+def test_a_task_that_fails_does_not_keep_the_others_from_being_measured(config, monkeypatch):
+    "The error at the end names it; the next time it alone is run"
+    real, seen = module._measure, []
+
+    def breaks(task, *a):
+        if task.name == "quiz": raise ValueError("no\nsuch thing")
+        return real(task, *a)
+    monkeypatch.setattr(module, "_measure", breaks)
+    with pytest.raises(UserError, match="1 of 2 tasks failed, the others are measured; what failed is run again next time: base quiz: ValueError: no such thing"): evaluate(config)
+    run = find_runs(config.root, config.model, "base")[-1]
+    assert skipped(run) == {"quiz": "failed: ValueError: no such thing"} and set(read_rows(run).task) == {"expression"}
+    monkeypatch.setattr(module, "_measure", lambda task, *a: seen.append(task.name) or real(task, *a))
+    assert evaluate(config) == run and seen == ["quiz"] and not skipped(run)
 
 
 def test_manifest_says_how_the_numbers_came_about(config):
@@ -464,6 +484,42 @@ def test_panel_mistakes_are_one_line(tmp_path):
     says(f"name: p\ntasks:\n- {task.replace('tiny_facts', 'helaswag')}\n", r"nearest: 'hellaswag'")
     says(f"name: p\ntasks:\n- {task.replace('kind: lm_eval', 'kind: expression, rubric: hmx-fee')}\n", "nearest: 'hmx-feel'")
     says(f"name: p\ntasks:\n- {task.replace('lm_eval', 'expression').replace('isolated', 'trained, items: x.jsonl')}\n", "does not read")
+
+
+@needs_benchmarks
+def test_other_ways_of_asking_run_the_task_behind_their_name(tmp_path, stand_in):
+    "Every one of `core`; a measure under another name; what a task does not read is refused with the panel"
+    ways = [t for t in load_panel("core+sensitivity").tasks if "." in t.name]
+    assert [t.name for t in ways] == ["truthfulqa_mc1.chat", "truthfulqa_mc2.chat", "truthfulqa_binary.system"]
+    for t in ways: assert list(prepare(t, None, tmp_path, benchmarks)[0]) == [t.name]
+    rows = run_lm_eval(ways[0], load_policy(stand_in("qwen3")), prepare(ways[0], None, tmp_path, benchmarks)[0], limit=2)
+    assert set(rows.task) == {"truthfulqa_mc1.chat"} and set(rows.item_id) == {"truthfulqa-v0-000", "truthfulqa-v0-001"}
+    text = "name: p\ntasks:\n- {name: xstest, kind: measure, metrics: {refuses_safe: lower}, relation: isolated, sensitivity: {short: %s}}\n"
+    (tmp_path / "p.yaml").write_text(text % "{options: {max_new: 8}}")
+    short = load_panel(f"{tmp_path / 'p.yaml'}+sensitivity")["xstest.short"]
+    assert (short.behind, short.options) == ("xstest", dict(max_new=8))
+    for change, match in {"{shots: 3}": "sensitivity: found shots, which a task of kind measure does not read", "{options: {max_knew: 8}}": "options: found 'max_knew', allowed: max_new", "{chat: false}": "chat: found false, allowed: true"}.items():
+        (tmp_path / "p.yaml").write_text(text % change)
+        with pytest.raises(UserError, match=f"line 3: tasks.xstest: {match}"): load_panel(tmp_path / "p.yaml")
+
+
+def test_a_measure_writes_down_the_judges_that_it_reads(stand_in):
+    "with what they are; another judge for another role changes nothing"
+    other = stand_in("llama")
+    of = lambda name, judges, **kw: module.task_settings(Task(name=name, kind="measure", metrics=dict(a="higher"), relation="implied", **kw), EvaluateConfig(judges=judges), "m", "w")["judges"]
+    name = f"{other} {model_id(check_model(other))[:19]}"
+    assert of("self_awareness", f"judge={other}") == {} and of("xstest", f"truth={other}") == of("xstest", "") == dict(judge="")
+    assert of("xstest", f"judge={other},truth={other}") == dict(judge=name)
+    assert of("gen", f"truth={other},judge={other}", measure="hmx_feel.truthfulqa.generation") == dict(truth=name, info="")
+    assert of("deep", f"cross={other},judge={other}", measure="hmx_feel.expression.measured", options=dict(judges=["cross"])) == dict(cross=name)
+
+
+def test_the_layout_is_that_of_the_calibration_else_of_the_training(config, monkeypatch):
+    from hmx_feel import exam
+    task, layout = load_panel(config.panel)["expression"], lambda saved: module.task_settings(task, config, "m", "w", saved)["layout"]
+    assert layout(None) == "rubric_first" and layout(dict(resolved=dict(layout="criterion_last"))) == "criterion_last"
+    monkeypatch.setattr(exam, "calibration_for", lambda root, model, rubric: dict(layout="rubric_first"))
+    assert layout(dict(resolved=dict(layout="criterion_last"))) == "rubric_first"
 
 
 def test_data_that_cannot_be_reached_skip_the_task(config, folder, monkeypatch):
