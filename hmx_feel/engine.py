@@ -177,10 +177,11 @@ class PolicyLM:
         if not self.chat: return super()._encode_pair(self._read(context), continuation)
         return self.tok_encode(self._read(context)), self.tok_encode(continuation)
     def loglikelihood(self, requests, disable_tqdm=True):
-        self.named = {r.args[0]: _named(r) for r in requests}
-        return super().loglikelihood(requests, disable_tqdm=True)
+        self.named = [_named(r) for r in requests]
+        try: return super().loglikelihood(requests, disable_tqdm=True)
+        finally: self.named = []
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
-        _too_long([len(a)+len(b)-1 for _,a,b in requests], [self.named.get(c, repr(c[:60])) for (c,_),_,_ in requests], self.max_length); _uneven_letters(requests)
+        _too_long([len(a)+len(b)-1 for _,a,b in requests], self.named or [repr(c[:60]) for (c,_),_,_ in requests], self.max_length); _uneven_letters(requests)
         core = self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
         share = self.share and _as_read(core, requests, self.tokenizer.pad_token_id)
         out = self._shared(core, requests) if share else super()._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -265,7 +266,7 @@ def policy_lm(policy:Policy, # A loaded policy, with or without adapter
     with quiet():
         lm = type('PolicyLM', (PolicyLM, HFLM), {})(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size,
             max_length=policy.context, softmax_dtype='float32', chat_template_args=dict(policy.spec.chat))
-    lm.policy,lm.chat,lm.share,lm.journal,lm.prompted,lm.named = policy,chat,share,journal if journal is not None else Journal(),{},{}
+    lm.policy,lm.chat,lm.share,lm.journal,lm.prompted,lm.named = policy,chat,share,journal if journal is not None else Journal(),{},[]
     return lm
 
 # %% ../nbs/api/05c_engine.ipynb #fdf20dfe

@@ -201,6 +201,7 @@ def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it 
     if more: panel.tasks = panel.tasks + [v for t in panel.tasks for v in t.variants()]
     return panel
 
+# %% ../nbs/api/06_panel.ipynb #f03d6b5e
 def _check_task(task, path):
     "Refuse what no task file, data set, function or rubric stands behind"
     if task.data and task.data not in DATA: raise UserError(f"data: found {task.data!r}, allowed: {', '.join(DATA)}{nearest(task.data, DATA)}")
@@ -219,7 +220,6 @@ def _check_measure(task):
     for o in task.options:
         if o not in free and not any(p.kind==p.VAR_KEYWORD for p in known.values()): raise UserError(f"options: found {o!r}, allowed: {', '.join(free) or 'none'}{nearest(o, free)}")
     if named and not task.chat: raise UserError("chat: found false, allowed: true, this measure asks in a chat")
-
 
 # %% ../nbs/api/06_panel.ipynb #a5c94b19
 def letter_metrics(doc:dict, # A lettered item
