@@ -481,6 +481,7 @@ def _judges_read(task, config)->dict: # Role -> model and id, empty where it is 
     name = lambda m: f'{m} {_id_of(m, config.trust_remote_code)[:19]}'
     return {r: name(given[r]) if r in given else '' for r in (roles(task.options) if callable(roles) else roles)}
 
+# %% ../nbs/api/06_panel.ipynb #e5a90c17
 class Judges:
     "Judge models by role, each loaded once, when it is first asked for"
     def __init__(self, config, measured:str=''): # An EvaluateConfig, and the id of the untrained weights
@@ -688,6 +689,7 @@ def _run_tasks(plan, policy)->dict: # Task -> why it failed
         return failed
     finally: shutil.rmtree(cache, ignore_errors=True)
 
+# %% ../nbs/api/06_panel.ipynb #a94c7e02
 def write_manifest(run:Run, # What was measured
                    panel:Panel, # With which panel
                    task:str, # Which task
@@ -706,7 +708,6 @@ def _read_anew(run, panel):
     path = f'{run.evals}/manifest.json'; kept = run.read_json(path)
     now = {t.name: kept['tasks'][t.name] | reading(t) for t in panel.tasks if t.name in kept['tasks']}
     if any(now[t]!=kept['tasks'][t] for t in now): run.update_json(path, dict(tasks=kept['tasks'] | now))
-
 
 # %% ../nbs/api/06_panel.ipynb #39a226ba
 def _plan(config)->dict:
