@@ -317,8 +317,8 @@ def test_other_settings_are_refused_before_loading(config, monkeypatch):
     few, arm = config.model_copy(update=dict(limit=2)), config.model_copy(update=dict(arm="forward", limit=2))
     trained(config, .5)
     run, base = evaluate(arm), evaluate(few)
-    again = evaluate(config.model_copy(update=dict(limit=1)))
-    assert again != base and read_rows(base, ["quiz"]).item_id.nunique() == 2 and read_rows(again, ["quiz"]).item_id.nunique() == 1
+    again = evaluate(config.model_copy(update=dict(limit=3)))
+    assert again != base and read_rows(base, ["quiz"]).item_id.nunique() == 2 and read_rows(again, ["quiz"]).item_id.nunique() == 3
     monkeypatch.setattr(module, "load_plain", None)
     with pytest.raises(UserError, match="was made with limit=2, asked is limit=4; pass replace=True"):
         evaluate(arm.model_copy(update=dict(limit=4)))
