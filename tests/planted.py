@@ -20,8 +20,9 @@ import pandas as pd
 from hmx_feel.drift import onset, outside_columns, words
 from hmx_feel.grpo import RubricReward, arm_rewards, check_run, derive, make_trainer, open_run, quiet
 from hmx_feel.policy import Policy, load_policy
-from hmx_feel.runs import TrainConfig, append_jsonl, read_json, read_jsonl, read_parquet, write_json, write_parquet
+from hmx_feel.runs import TrainConfig, append_jsonl, read_jsonl, read_parquet, write_parquet
 from hmx_feel.tiny import Part, label, parts
+from measured import merge
 
 SHORTCUTS = {
     "phrase": lambda t: "here is a simple way to look at" in t.lower(),
@@ -144,9 +145,9 @@ def main():
         if job not in done: done[job] = one(a.out, *job, a.steps)
         r = done[job]
         print(f"{job[0] or 'clean'} seed {job[1]}: 30 % at {r['first']}, onset {r['onset'] and r['onset']['step']}", flush=True)
-    path = a.out / "training.json"
-    write_json(path, (read_json(path) if path.is_file() else {}) | numbers([done[j] for j in wanted]))
-    print(json.dumps(numbers([done[j] for j in wanted])))
+    found = numbers([done[j] for j in wanted])
+    merge(a.out, "training", found, planted=a.planted * len(SHORTCUTS), clean=a.clean, steps=a.steps)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__": main()

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from measured import merge
 from planted import SHORTCUTS, known_run, labels, numbers
 from standins import make_standin
 
@@ -13,7 +14,7 @@ from hmx_feel.drift import (ONSET, PATTERNS, DriftLedger, Emotions, distance, fe
                             outside_columns, run_onset, sentences, stance, text_measures, text_veto)
 from hmx_feel.policy import Policy, as_base, generate, load_policy, plain_ids, prompt_ids
 from hmx_feel.rubric import Rubric, load_prompts
-from hmx_feel.runs import Run, UserError, append_jsonl, read_parquet, write_parquet
+from hmx_feel.runs import Run, UserError, append_jsonl, read_json, read_parquet, write_parquet
 from hmx_feel.tiny import answer_parts, known_prompts, label, parts
 from hmx_feel.tiny import text as as_text
 
@@ -410,3 +411,12 @@ def test_the_numbers_of_the_benchmark():
     row = lambda shortcut, step, first: dict(shortcut=shortcut, steps=30, first=first, onset=step and dict(step=step))
     assert numbers([row("phrase", 12, 8), row("words", 9, 11), row("", None, None), row("", 20, None)]) == dict(onset_max_error_steps=4., onset_false_alarms=1.)
     assert numbers([row("phrase", None, 8)])["onset_max_error_steps"] == 30
+
+
+def test_programs_that_measure_different_numbers_share_a_file(tmp_path):
+    "One adds to what the other wrote; each number knows its date and commit"
+    merge(tmp_path, "training", dict(onset_false_alarms=0.), clean=20)
+    merge(tmp_path, "training", dict(resume_identical=11.), kills=11)
+    assert read_json(tmp_path / "training.json") == dict(onset_false_alarms=0., resume_identical=11.)
+    env = read_json(tmp_path / "training_env.json")
+    assert env["onset_false_alarms"]["clean"] == 20 and env["resume_identical"]["kills"] == 11 and all({"date", "commit"} <= set(e) for e in env.values())

@@ -1,9 +1,9 @@
 """A run that is interrupted at any moment ends with the same bytes as one that is not.
 
-    python tests/test_resume.py --all OUT.json
+    python tests/test_resume.py --all OUT
 
 kills eleven papermilled runs, ten at random moments and one while it writes a checkpoint, lets each go on, and merges
-into OUT.json how many of them ended identical to the byte.
+into OUT/training.json how many of them ended identical to the byte.
 """
 import argparse
 import errno
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__": os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")   # tests have it from conftest
@@ -27,7 +26,8 @@ import pytest
 
 from hmx_feel import drift, grpo, runs
 from hmx_feel.grpo import check_run, checkpoints, train
-from hmx_feel.runs import MARKER, Run, TrainConfig, UserError, content_hash, marker_of, read_json, run_path, write_json
+from hmx_feel.runs import MARKER, Run, TrainConfig, UserError, content_hash, marker_of, run_path, write_json
+from measured import merge
 
 nbs = Path(__file__).resolve().parents[1] / "nbs"
 bin_dir = Path(sys.executable).parent
@@ -460,14 +460,14 @@ def all_moments(out, seed):
             was, resumed, different = once(references[judge], judge, tempfile.mkdtemp(dir=top), moment)
             same += not different
             print(f"{n + 1:2d} {judge:4s} killed {'in a save' if moment is None else f'after {moment:.0f} s'} ({was}), went on after {resumed or 'nothing'}: {different or 'identical'}", flush=True)
-    result = dict(resume_identical=same, resume_date=date.today().isoformat(), resume_commit=runs.environment()["commit"])
-    write_json(out, {**(read_json(out) if Path(out).is_file() else {}), **result})
+    result = dict(resume_identical=float(same))
+    merge(out, "training", result, kills=n + 1, seed=seed)
     return result
 
 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--all", metavar="OUT.json", required=True, help="where the result is merged")
+    ask.add_argument("--all", metavar="OUT", required=True, help="folder in which training.json is")
     ask.add_argument("--seed", type=int, default=0, help="of the moments")
     given = ask.parse_args()
     print(all_moments(given.all, given.seed))
