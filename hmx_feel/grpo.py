@@ -66,12 +66,15 @@ def shuffle_in_groups(rewards:np.ndarray, # Shape (answers,), groups one after a
 def apply_vetoes(rewards:np.ndarray, # Shape (answers,), NaN = missing
                  failed:np.ndarray, # Which answers failed a veto, shape (answers,)
                  size:int, # Completions per group
+                 below:float=1/1024, # How far a failed answer is put below a group that is paid alike
                 )->np.ndarray: # Rewards with failed answers at the bottom of their group
-    "A failed veto earns the lowest reward of its group"
+    "A failed veto earns the lowest reward of its group, and less where all earn the same"
     out = rewards.copy()
     for g in range(0, len(out), size):
         part,bad = out[g:g+size],failed[g:g+size]
-        if bad.any() and np.isfinite(part).any(): part[bad] = np.nanmin(part)
+        if not bad.any() or not np.isfinite(part).any(): continue
+        part[bad] = np.nanmin(part)
+        if not bad.all() and np.nanmin(part)==np.nanmax(part): part[bad] -= below
     return out
 
 # %% ../nbs/api/05_grpo.ipynb #578286e7
@@ -92,11 +95,12 @@ def arm_rewards(arm:Arm, # Sign and transform
                 failed:np.ndarray, # Which answers failed a veto, shape (answers,)
                 size:int, # Completions per group
                 seed:int, # Of the shuffle
-               )->np.ndarray: # Rewards, in [-1, 1], NaN = missing
+                floor:float=0., # Noise floor of the pay
+               )->np.ndarray: # Rewards, in [-1, 1] but for vetoes in groups paid alike, NaN = missing
     "What an arm pays for a batch of groups"
     out = arm.sign*pay
     if arm.transform=='shuffle': out = shuffle_in_groups(out, size, seed)
-    return apply_vetoes(out, failed, size)
+    return apply_vetoes(out, failed, size, max(math.ceil(1024*floor), 1)/1024)
 
 # %% ../nbs/api/05_grpo.ipynb #2c2906a0
 def own_weights(model:str, # Short name, hub id or local folder
@@ -140,8 +144,8 @@ def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric,
     pay = self.rubric.pay(scores.value, [p.kind for p in asked])
     rules = [text_veto(t) for t in texts]
     failed = self.rubric.vetoed(base.value) | np.array([bool(r) for r in rules])
-    open_pay,closed = gate(pay, n, self.config.noise_floor or 0.)
-    rewards = arm_rewards(self.arm, open_pay, failed, n, derive(self.config.seed, 'shuffle', step))
+    floor = self.config.noise_floor or 0.; open_pay,closed = gate(pay, n, floor)
+    rewards = arm_rewards(self.arm, open_pay, failed, n, derive(self.config.seed, 'shuffle', step), floor)
     self.last = self._summary(asked, scores, pay, failed, closed)
     if team().is_main_process: self._keep(step, asked, texts, scores, base, pay, rewards, failed, rules)
     return [None if np.isnan(r) else float(r) for r in rewards[mine:mine+n_mine]]

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hmx_feel.card import CLAIM
-from hmx_feel.grpo import arm_rewards, check_run, open_run, samples, settings_table, train
+from hmx_feel.grpo import arm_rewards, check_run, gate, open_run, samples, settings_table, train
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import check_model, load_policy, load_tokenizer
 from hmx_feel.rubric import load_arm, load_prompts
@@ -40,6 +40,17 @@ def test_a_failed_veto_is_the_worst_of_its_group(name):
     rewards = arm_rewards(load_arm(name), pay, failed, 8, 3)
     for group, bad in zip(rewards.reshape(2, 8), failed.reshape(2, 8), strict=True):
         assert (group[bad] == group.min()).all()
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "inverted", "vicarious", "placebo"])
+def test_a_failed_veto_counts_in_a_gated_group(name):
+    "It is paid less than its group, which is paid alike to the last bit; a gated group without one teaches nothing"
+    pay = np.concatenate([.5 + .001 * np.arange(8), .3 + .001 * np.arange(8)])
+    failed = np.arange(16) == 7
+    paid, closed = gate(pay, 8, .03)
+    rewards = arm_rewards(load_arm(name), paid, failed, 8, 3, .03)
+    assert closed.all() and len(set(rewards[:7])) == 1 and len(set(rewards[8:])) == 1
+    assert rewards[0] - rewards[7] == 31 / 1024 and (1024 * rewards % 1 == 0).all()
 
 
 def test_the_folder_holds_what_later_stages_read(run):
