@@ -6,8 +6,8 @@
 __all__ = ['log', 'BACKENDS', 'SEEN', 'RULES', 'HELD', 'SHAPES', 'CARDS', 'choose_backend', 'Rule', 'versions', 'check_versions',
            'check_4bit', 'four_bit', 'check_backend', 'import_unsloth', 'linear_layers', 'load_plain', 'load_unsloth',
            'load_trainable', 'changed_settings', 'Shape', 'shape_of', 'config_of', 'count_parameters',
-           'lora_parameters', 'Estimate', 'estimate_memory', 'device_memory', 'what_fits', 'check_memory',
-           'card_defaults']
+           'lora_parameters', 'Estimate', 'estimate_memory', 'device_memory', 'free_memory', 'what_fits',
+           'check_memory', 'card_defaults']
 
 # %% ../nbs/api/02a_backend.ipynb #f39d42d8
 import importlib.util,logging,sys
@@ -331,7 +331,12 @@ def estimate_memory(config:dict, # What config.json holds
 
 # %% ../nbs/api/02a_backend.ipynb #b1569736
 def device_memory()->float|None: # GiB; None without a GPU
-    "Free memory of the GPU"
+    "Memory of the GPU, used or not"
+    import torch
+    return torch.cuda.mem_get_info()[1]/2**30 if torch.cuda.is_available() else None
+
+def free_memory()->float|None: # GiB; None without a GPU
+    "What of the GPU's memory is free now"
     import torch
     return torch.cuda.mem_get_info()[0]/2**30 if torch.cuda.is_available() else None
 
@@ -366,7 +371,7 @@ def what_fits(e:Estimate, # What does not fit
 
 # %% ../nbs/api/02a_backend.ipynb #a52c69c8
 def check_memory(e:Estimate, # From `estimate_memory`
-                 available:float|None, # GiB, from `device_memory`; None = refuse nothing
+                 available:float|None, # GiB, from `free_memory`; None = refuse nothing
                 )->None:
     "Refuse a run that cannot fit, and say what to lower"
     if available is None or e['total']<=available: return

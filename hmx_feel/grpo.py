@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,environment,marker_of,model_slug,nearest,noting_signals,noting_warnings,seal,sealed,split_list,write_json,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Average,Policy,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
-from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,linear_layers,load_trainable
+from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
 from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,judge_prompt
 from .endpoint import EndpointJudge
 from .exam import calibration_for,check_layout
@@ -312,7 +312,7 @@ def check_fit(checked:dict)->None:
         need = len(P.head) + max(map(len, P.queries)) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion
         if need > context: raise UserError(f"rubric: {rubric.name}, the longest prompt and an answer take {need} of the model's {context} tokens; shorten the rubric or lower max_completion")
     if config.target_modules: check_targets(config.target_modules, spec)
-    if e := memory_of(checked): check_memory(e, device_memory())
+    if e := memory_of(checked): check_memory(e, free_memory())
 
 def check_targets(target_modules:str, spec)->None:
     "Refuse layers that the model does not have; its shape is enough to know"

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 import standins
 from hmx_feel import backend
 from hmx_feel.backend import (CARDS, RULES, SEEN, SHAPES, card_defaults, changed_settings, check_4bit, check_backend, check_memory, check_versions, choose_backend,
-                              count_parameters, device_memory, estimate_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
+                              count_parameters, device_memory, estimate_memory, free_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
 from hmx_feel.grpo import lora
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import as_base, check_model, load_policy
@@ -295,8 +295,19 @@ def test_every_part_grows_with_what_it_depends_on():
 
 
 def test_nothing_is_refused_on_a_cpu():
-    assert device_memory() is None
-    check_memory(estimate_memory(SHAPES["qwen3-8b"], micro_batch=64), device_memory())
+    assert device_memory() is None and free_memory() is None
+    check_memory(estimate_memory(SHAPES["qwen3-8b"], micro_batch=64), free_memory())
+
+
+def test_defaults_hang_on_the_card_and_refusals_on_what_is_free(cuda, monkeypatch):
+    "A run that goes on beside another program finds the settings, and so the folder, that it began with"
+    found = set()
+    for free in (23.5, 15., 2.):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 23.6 * 2**30))
+        found.add(tuple(card_defaults("qwen3-4b", device_memory()).items()))
+        assert free_memory() == free
+    assert len(found) == 1
+    with pytest.raises(UserError, match="2.0 are free"): check_memory(estimate_memory(SHAPES["qwen3-4b"]), free_memory())
 
 
 @pytest.mark.parametrize("name", SHAPES)
