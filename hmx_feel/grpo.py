@@ -284,8 +284,8 @@ def check_run(config:TrainConfig)->dict: # config, arm, rubric, prompts, spec an
     check_paying_judge(config)
     spec,config,arm = check_model(config.model, config.revision, config.trust_remote_code),resolve(config),load_arm(config.arm)
     if not arm.trained: raise UserError(f"arm: {arm.name} is not trained; evaluate it with 04_evaluate")
-    check_settings(config)
     config,rubric = config.model_copy(update=dict(backend=check_backend(config.backend, config.load_in_4bit, spec))),paid_rubric(config)
+    check_settings(config)
     prompts = train_prompts(load_prompts(config.prompts), rubric, config.train_kinds)
     groups = config.completions_per_step//config.group_size
     if len(prompts) < groups: raise UserError(f"prompts: found {len(prompts)} to train on, allowed: at least {groups}, one for each group of a step")

@@ -142,10 +142,12 @@ def test_trl_before_unsloth_is_refused(monkeypatch):
 
 
 def test_unsloth_comes_first_in_a_fresh_process(tmp_path):
-    "The checks of this page import neither trl nor transformers nor peft before unsloth"
+    "The checks of a run import neither trl nor transformers nor peft before unsloth"
     (tmp_path / "unsloth.py").write_text("import sys\nprint('before', sorted({'trl', 'transformers', 'peft'} & set(sys.modules)))\n")
-    code = "import torch; torch.cuda.is_available = lambda: True; from hmx_feel.backend import check_backend; print(check_backend('auto'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    code = """import torch; torch.cuda.is_available, torch.cuda.mem_get_info = lambda: True, lambda: (2**34, 2**34)
+from hmx_feel import grpo; from hmx_feel.runs import TrainConfig
+print(grpo.check_run(TrainConfig(dtype='float32'))['config'].backend)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
     assert done.stdout.splitlines() == ["before []", "unsloth"], done.stderr
 
 
