@@ -522,8 +522,10 @@ def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     args = grpo_args(grpo_settings(config, policy.spec), run/'checkpoints')
     torch.manual_seed(derive(config.seed, 'lora'))
     with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(run/'tensorboard')):
-        return GRPOTrainer(model=policy.model, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
-                           processing_class=policy.tokenizer, peft_config=None if policy.adapted else lora(config))
+        trainer = GRPOTrainer(model=policy.model, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
+                              processing_class=policy.tokenizer, peft_config=None if policy.adapted else lora(config))
+    if 'ref' in trainer.model.peft_config: trainer.model.delete_adapter('ref')
+    return trainer
 
 # %% ../nbs/api/05_grpo.ipynb #bae7c7f9
 def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args, spec)->dict:

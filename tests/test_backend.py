@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import standins
-from hmx_feel import backend
+from hmx_feel import backend, drift, grpo
 from hmx_feel.backend import (CARDS, RULES, SEEN, SHAPES, card_defaults, changed_settings, check_4bit, check_backend, check_memory, check_versions, choose_backend,
                               count_parameters, device_memory, estimate_memory, free_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
-from hmx_feel.grpo import lora
+from hmx_feel.grpo import lora, train
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import as_base, check_model, load_policy
 from hmx_feel.rubric import load_arm, load_prompts
@@ -193,6 +193,23 @@ def test_both_backends_start_from_the_same_model(unsloth, family):
 def test_the_judge_is_at_home_in_a_fast_policy(unsloth):
     policy = load_unsloth(check_model("tiny"), 4096, lora_r=4, seed=1)
     check_judge(policy, load_arm("forward").load_rubric(), load_prompts("hmx-feel", split="probe")[0])
+
+
+def test_a_run_under_unsloth_has_one_adapter_and_goes_on(unsloth, monkeypatch, tmp_path):
+    "Its reference is the adapter off; stopped after a checkpoint, it comes to the bytes of a run that was not"
+    load, stop = drift.load_prompts, grpo.stop_rule
+    monkeypatch.setattr(grpo, "check_backend", lambda *a: "unsloth")
+    monkeypatch.setattr(drift, "load_prompts", lambda *a, **kw: load(*a, **kw)[:2])
+    small = dict(steps=2, completions_per_step=4, group_size=4, max_completion=8, probe_every=9, save_every=1, judge="ema", noise_floor=0)
+    whole = train(TrainConfig(runs=str(tmp_path / "whole"), **small))
+    torn = TrainConfig(runs=str(tmp_path / "torn"), **small)
+    monkeypatch.setattr(grpo, "stop_rule", lambda rows, config: "torn" if len(rows) == 2 else None)
+    with pytest.raises(UserError, match="stopped: torn; the checkpoint of step 1 is kept"): train(torn)
+    monkeypatch.setattr(grpo, "stop_rule", stop)
+    run = train(torn)
+    assert run.read_jsonl("resumes.jsonl")[0]["step"] == 1 and run.read_json("config.json")["resolved"]["backend"] == "unsloth"
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"): assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not [p for p in run.path.rglob("*") if p.name == "ref"] and run.metrics().kl.iloc[0] == 0
 
 
 def test_linear_layers_are_pefts(family):
