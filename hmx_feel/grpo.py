@@ -367,14 +367,15 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             torch.manual_seed(derive(config.seed, 'sample', state.global_step, *[team().process_index]*(not main))); self.began = time.perf_counter()
         def on_step_end(self, args, state, control, model=None, **kw):
             if reward.average: reward.average.update(model)
-            if main and (state.global_step%config.probe_every==0 or state.global_step==config.steps): ledger_look(run, ledger, state.global_step)
             if any(of_all([bool(asked)])) and state.global_step%generation_span(args)==0: control.should_save = control.should_training_stop = True
         def on_log(self, args, state, control, logs=None, **kw):
             if not logs or 'loss' not in logs: return
             row,times = _row(logs, reward, state.global_step)
-            if main: run.append('metrics.jsonl', row); run.append('timings.jsonl', dict(times, seconds=time.perf_counter()-self.began))
+            if main: run.append('metrics.jsonl', row)
             self.rows.append(row); self.stopped = stop_rule(self.rows, config)
             if self.stopped: control.should_save,control.should_training_stop = False,True
+            elif main and (state.global_step%config.probe_every==0 or state.global_step==config.steps): ledger_look(run, ledger, state.global_step)
+            if main: run.append('timings.jsonl', dict(times, seconds=time.perf_counter()-self.began))
             bar.update(1); bar.set_postfix(short_of(row)); self.saving = control.should_save
         def on_save(self, args, state, control, **kw):
             team().wait_for_everyone()

@@ -242,18 +242,22 @@ def test_rows_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(fast, tmp_path, monkeypatch):
-    "At a step on the grid: nothing is saved there; the same command comes to the same end"
-    row = grpo._row
-    def broken(logs, reward, step):
-        metrics, times = row(logs, reward, step)
-        return (dict(metrics, loss=None) if step == 4 else metrics), times
-    monkeypatch.setattr(grpo, "_row", broken)
-    config = TrainConfig(runs=str(tmp_path), **FAST)
+def test_gradients_that_are_no_numbers_keep_the_last_good_checkpoint(fast, tmp_path, monkeypatch):
+    "At a step on the grid and under the ledger: nothing is asked of weights that are lost, nothing is saved; the same command comes to the same end"
+    from trl import GRPOTrainer
+    step = GRPOTrainer.training_step
+    def broken(self, model, *args, **kw):
+        loss = step(self, model, *args, **kw)
+        if self.state.global_step == 3:
+            for p in model.parameters():
+                if p.grad is not None: p.grad.fill_(float("nan"))
+        return loss
+    monkeypatch.setattr(GRPOTrainer, "training_step", broken)
+    config = TrainConfig(runs=str(tmp_path), **dict(FAST, max_completion=8))
     for _ in range(2):
         with pytest.raises(UserError, match="loss or gradient is not a number at step 4; the checkpoint of step 2 is kept"): fast(config)
         run = unfinished(config)
-        assert list(checkpoints(run)) == [2] and runs.sealed(checkpoints(run)[2]) and len(run.metrics()) == 4
+        assert list(checkpoints(run)) == [2] and runs.sealed(checkpoints(run)[2]) and len(run.metrics()) == 4 and not (run / "drift" / "000004.parquet").exists()
 
 
 def test_the_stop_rule_remembers_what_was_before(fast, tmp_path):
