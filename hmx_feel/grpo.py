@@ -7,9 +7,9 @@ __all__ = ['UNTOLD', 'derive', 'team', 'of_all', 'together', 'shuffle_in_groups'
            'own_weights', 'external_judge', 'RubricReward', 'paid_rubric', 'known_judge', 'resolve',
            'check_paying_judge', 'judge_warnings', 'generation_span', 'check_saves', 'grpo_settings', 'grpo_args',
            'lora', 'check_settings', 'check_reports', 'identity_of', 'check_run', 'finished_run', 'check_fit',
-           'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule', 'ledger_look',
-           'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints', 'check_owner', 'has_rows',
-           'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order', 'make_trainer',
+           'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule', 'missing_sentence',
+           'ledger_look', 'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints', 'check_owner',
+           'has_rows', 'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order', 'make_trainer',
            'asked_and_resolved', 'train', 'load_parts', 'samples', 'settings_table']
 
 # %% ../nbs/api/05_grpo.ipynb #9a610deb
@@ -393,13 +393,23 @@ def short_of(row:dict)->dict: # Of a step's metrics
 
 # %% ../nbs/api/05_grpo.ipynb #73353bfc
 def stop_rule(rows:list, # Metrics of every step so far
-              config:TrainConfig)->str|None: # Why the run has to end
-    "Three reasons not to go on"
+              config:TrainConfig, # Resolved
+             )->str|None: # Why the run has to end
+    "Reasons not to go on"
     last = rows[-1]; at = last['step']
     if last['loss'] is None or last.get('grad_norm', 0) is None: return f"loss or gradient is not a number at step {at}"
-    lasting = lambda name: min((r.get(name) or 0. for r in rows[-20:]), default=0.) if len(rows)>=20 else 0.
-    if lasting('missing') > config.max_missing: return f"more than {config.max_missing:.0%} of the scores were missing for 20 steps, up to step {at} (max_missing)"
-    if lasting('completions/clipped_ratio') > config.max_cut: return f"more than {config.max_cut:.0%} of the answers were cut at max_completion for 20 steps, up to step {at} (max_cut)"
+    if len(rows) < 20: return
+    mean = lambda name: float(np.mean([r.get(name) or 0. for r in rows[-20:]]))
+    until = f"over 20 steps, up to step {at}"
+    if mean('missing') > config.max_missing: return f"more than {config.max_missing:.0%} of the scores were missing {until} (max_missing)"
+    if mean('completions/clipped_ratio') > config.max_cut: return f"more than {config.max_cut:.0%} of the answers were cut at max_completion {until} (max_cut)"
+    if config.max_kl and mean('kl') > config.max_kl: return f"the KL divergence from the untrained model was {mean('kl'):.3g} nats per token, above {config.max_kl:g}, {until} (max_kl)"
+
+def missing_sentence(missing, # Share of missing scores, step by step
+                    )->str:
+    "How much could not be scored; above 5 % a result should not be read without it"
+    share = float(np.mean(missing))
+    return f"{share:.1%} of the scores were missing" + (": more than 5 %, so what is said of scores holds for the rest alone; `missing_by_criterion` in metrics.jsonl tells where" if share>.05 else "")
 
 # %% ../nbs/api/05_grpo.ipynb #04d2a47f
 def ledger_look(run:Run, ledger:DriftLedger, step:int)->None:
@@ -600,6 +610,7 @@ def _close(trainer, checked, run, reward)->None:
     "Adapter, card and result; the last makes the run finished"
     trainer.model.save_pretrained(str(run/'adapter'))
     write_card(run)
+    if (share := run.metrics().missing).mean()>.05: logging.getLogger('hmx_feel').warning("%s: %s", run.path, missing_sentence(share))
     usage = getattr(reward.judges['pays'], 'usage', None)
     run.finish(_result(run, checked) | (dict(judge_usage=usage) if usage else {}))
     repo = checked['config'].push_to_hub

@@ -153,7 +153,7 @@ def test_a_finished_run_is_not_run_again(run, model):
 def test_a_run_that_lost_its_judge_stops(model, tmp_path):
     "Every score missing for 20 steps ends the run without a result"
     config = TrainConfig(model=model, runs=str(tmp_path), **dict(SMALL, steps=25, max_completion=4, min_mass=1., probe_every=25))
-    with pytest.raises(UserError, match="were missing for 20 steps"): train(config)
+    with pytest.raises(UserError, match="were missing over 20 steps"): train(config)
     folder = next(tmp_path.glob("*/forward/*"))
     assert not Run.open(folder).finished and len((folder / "metrics.jsonl").read_text().splitlines()) == 20
     assert all(json.loads(line)["missing"] == 1 for line in (folder / "metrics.jsonl").read_text().splitlines())

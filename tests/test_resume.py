@@ -264,7 +264,7 @@ def test_the_stop_rule_remembers_what_was_before(fast, tmp_path):
     "Twenty bad steps end a run wherever it was interrupted"
     config = TrainConfig(runs=str(tmp_path), **dict(FAST, steps=25, max_completion=4, min_mass=1., probe_every=25, save_every=7))
     kill(fast, config, "on_step_begin", 16)
-    with pytest.raises(UserError, match="were missing for 20 steps, up to step 20 .max_missing.; the checkpoint of step 14 is kept"): fast(config)
+    with pytest.raises(UserError, match="were missing over 20 steps, up to step 20 .max_missing.; the checkpoint of step 14 is kept"): fast(config)
     assert len(unfinished(config).metrics()) == 20
 
 
