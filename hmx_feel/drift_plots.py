@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 from .runs import UserError,find_runs,nearest,read_parquet,runs_root,split_list
 from .rubric import Rubric
-from .drift import ONSET,first_alarm,onset_curves,outside_columns
+from .drift import ONSET,PARALLEL,first_alarm,onset_curves,outside_columns
 from .stats import smoothed
 from .plots import ARMS,INK,SPARE,_dark,_end_labels,_start,_steps,arm_look,arm_order
 
@@ -24,8 +24,7 @@ def drift_table(run, # A run, finished or not
     if looks.empty: raise UserError(f"{run.path}: found no look in drift.jsonl, allowed: a run whose ledger has looked at least once")
     paid = run.metrics().reindex(columns=['step','reward','score']).astype(float)
     table = looks.merge(paid, on='step', how='outer').sort_values('step', ignore_index=True).astype(dict(step=int))
-    held = [c for c in looks if c.startswith('base.held.')]
-    if held: table['held'] = table[held].astype(float).mean(axis=1)
+    if f'base.{PARALLEL}' in looks: table['held'] = table[f'base.{PARALLEL}'].astype(float)
     far = looks.dropna(subset='kl') if 'kl' in looks else looks[:0]
     table['kl'] = np.interp(table.step, far.step, far.kl.astype(float), left=np.nan, right=np.nan) if len(far) else np.nan
     return table.assign(model=run.model_slug, arm=run.arm, seed=run.seed)
@@ -127,7 +126,7 @@ def drift_curves(run, # A run, or its `drift_table`
     return fig, table[[c for c in columns if c in table]]
 
 # %% ../nbs/api/08c_drift_plots.ipynb #dcbdf0bf
-BY_ARM = {'base.rubric': 'rubric score, base judge', 'held': 'held-out criteria', 'base.held.need': 'asker served',
+BY_ARM = {'base.rubric': 'rubric score, base judge', 'held': 'held-out criterion', 'base.held.need': 'asker served',
           'first_person_feeling.share': 'feeling, first person (share)', 'denial.share': 'denial (share)', 'stock.share': 'stock phrase (share)',
           'leniency': 'self-leniency (live − base)', 'words': 'words per answer', 'kl': 'KL, nats per token', 'entropy': 'entropy, nats per token'}
 
@@ -302,7 +301,7 @@ def probe_rows(run, # A run
     if step not in looks: raise UserError(f"step: found {step}, allowed: a step at which the ledger looked: {', '.join(map(str, looks)) or 'there is none'}")
     df,R = read_parquet(looks[step]).query("source=='fresh'"),Rubric.load(rubric)
     held = {c.id: df[f'base.{c.id}'].to_numpy(dtype=float) for c in R.held_out}
-    values = dict(rubric=R.pay(df[[f'base.{i}' for i in R.ids]].to_numpy(), list(df.kind)), held=np.mean(list(held.values()), 0), **held,
+    values = dict(rubric=R.pay(df[[f'base.{i}' for i in R.ids]].to_numpy(), list(df.kind)), held=held[PARALLEL], **held,
                   words=df.words, **{k: df[k]>0 for k in ('first_person_feeling','denial','stock')})
     base = dict(run_id=f'{run.id8}-{step}', task='probe', item_id=df.prompt_id, cluster=df.family, condition=df.kind, order=0, prompt_sha=df.prompt_id, raw=df.answer, parsed='')
     out = pd.concat([pd.DataFrame(base | dict(metric=m, value=np.asarray(v, dtype=float))) for m,v in values.items()], ignore_index=True)

@@ -25,7 +25,7 @@ from .backend import card_defaults,changed_settings,check_backend,check_memory,c
 from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,judge_prompt
 from .endpoint import EndpointJudge
 from .exam import calibration_for,check_layout
-from .drift import DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
+from .drift import PARALLEL,DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
 from .card import check_push,push,write_card
 
 # %% ../nbs/api/05_grpo.ipynb #45704a9f
@@ -386,9 +386,8 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
     return Watch()
 
 def short_of(row:dict)->dict: # Of a step's metrics
-    "What stands beside the progress bar: score, the mean of what is held out, words of an answer in tokens"
-    held = [v for k,v in row.items() if k.startswith('held.') and v is not None]
-    shown = dict(score=row['score'], held=float(np.mean(held)) if held else None)
+    "What stands beside the progress bar: what the arm pays, what the rubric says, the parallel held-out criterion, tokens of an answer"
+    shown = dict(reward=row.get('reward'), score=row['score'], held=row.get(PARALLEL))
     return {k: f'{v:.2f}' for k,v in shown.items() if v is not None} | dict(length=f"{row.get('completions/mean_length', 0):.0f}")
 
 # %% ../nbs/api/05_grpo.ipynb #73353bfc

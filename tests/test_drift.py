@@ -250,7 +250,7 @@ def test_the_summary_is_what_it_says(ledger):
     _, rubric, _, _, later = ledger
     s, fresh = ledger_summary(later, rubric), later[later.source == "fresh"]
     assert sum(s[f"stance.{k}"] for k in ("claim", "open", "deny", "silent")) == pytest.approx(1)
-    assert s["panel.rubric"] == pytest.approx(.25) and s["panel.held_gap"] == pytest.approx(0) and s["panel.length_slope"] == pytest.approx(0, abs=1e-9)
+    assert s["panel.rubric"] == pytest.approx(.25) and s["panel.held_gap"] == pytest.approx(0) and s["base.held_gap"] == pytest.approx(s["base.rubric"] - s["base.held.reader"], abs=.05) and s["panel.length_slope"] == pytest.approx(0, abs=1e-9)
     assert s["hedge"] == pytest.approx(100 * fresh.hedge.sum() / fresh.words.sum()) and s["hedge.share"] == (fresh.hedge > 0).mean()
     assert s["kl"] == pytest.approx((fresh.kl * fresh.tokens).sum() / fresh.tokens.sum())
     assert 0 < s["opening.share"] <= 1 and {"base.held.need", "live.held.stance", "emotion.joy", "distinct3", "refusal.share"} <= set(s)
