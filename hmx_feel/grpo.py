@@ -20,7 +20,7 @@ from dataclasses import asdict,replace
 from fastcore.basics import patch
 from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,environment,marker_of,model_slug,nearest,noting_signals,noting_warnings,seal,sealed,split_list,write_json,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
-from .policy import Average,Policy,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
+from .policy import Average,Policy,_source,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
 from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
 from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,judge_prompt
 from .endpoint import EndpointJudge
@@ -306,7 +306,7 @@ def check_fit(checked:dict)->None:
     tok,context = load_tokenizer(spec),context_of(spec)
     room = context-config.max_completion
     long = [p.id for p in prompts if len(prompt_ids(tok, p.chat, spec)) > room]
-    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:5])}")
+    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:10])}{', ...' if long[10:] else ''}")
     for rubric in (checked['rubric'], Rubric.load('hmx-feel')):
         P = Pieces(tok, spec, rubric, layout=config.layout)
         need = len(P.head) + max(map(len, P.queries)) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion
@@ -318,7 +318,8 @@ def check_targets(target_modules:str, spec)->None:
     "Refuse layers that the model does not have; its shape is enough to know"
     import torch
     from transformers import AutoConfig,AutoModelForCausalLM
-    with torch.device('meta'): net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.source, trust_remote_code=spec.trust_remote_code))
+    config = AutoConfig.from_pretrained(spec.source, **_source(spec))
+    with torch.device('meta'): net = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     linear_layers(net, split_list(target_modules))
 
 # %% ../nbs/api/05_grpo.ipynb #bd579c94
@@ -327,10 +328,11 @@ def memory_of(checked:dict): # An Estimate in GiB, None for architectures that t
     config,spec,prompts = checked['config'],checked['spec'],checked['prompts']
     if spec is None: return None
     tok = load_tokenizer(spec); P = Pieces(tok, spec, checked['rubric'], layout=config.layout)
-    other = config_of(check_model(config.judge_model, '', config.trust_remote_code)) if config.judge=='external' and not config.judge_url else None
+    loaded = [config.judge_model]*(config.judge=='external' and not config.judge_url) + split_list(config.outside_judges)
+    others = tuple(config_of(check_model(m, '', config.trust_remote_code)) for m in loaded)
     settings = {k: getattr(config, k) for k in ('load_in_4bit','lora_r','micro_batch','completions_per_step','group_size','max_completion','token_budget','backend')}
     try: return estimate_memory(config_of(spec), dtype_name(config.dtype), max_prompt=max(len(prompt_ids(tok, p.chat, spec)) for p in prompts), head=len(P.head), queries=sum(map(len, P.queries)), criteria=len(P.queries),
-                                packed=config.layout=='rubric_first', gradient_checkpointing=device_memory() is not None, ema=config.judge=='ema', judge_config=other, **settings)
+                                packed=config.layout=='rubric_first', gradient_checkpointing=device_memory() is not None, ema=config.judge=='ema', judge_configs=others, **settings)
     except UserError as e:
         logging.getLogger('hmx_feel').warning("memory: not estimated: %s", e)
 
@@ -435,7 +437,7 @@ def close_checkpoint(run:Run, step:int, every:int, # Steps between two checkpoin
     folder = checkpoints(run)[step]
     (folder/'training_args.bin').unlink(missing_ok=True)
     name = '/'.join(run.path.parts[-3:])
-    seal(folder, step=step, run=name, identity=content_hash(run.identity), resumable=True, **facts)
+    seal(folder, step=step, run=name, identity=run.identity, resumable=True, **facts)
     thin_checkpoints(run, every)
 
 # %% ../nbs/api/05_grpo.ipynb #5f4479fa
@@ -453,9 +455,12 @@ def thin_checkpoints(run:Run, every:int)->None:
 
 # %% ../nbs/api/05_grpo.ipynb #5542ba9a
 def check_owner(run:Run, folder, marker:dict)->None:
-    "Refuse a checkpoint that was written under another identity"
-    mine,other = content_hash(run.identity),marker['identity']
-    if mine!=other: raise UserError(f"{folder}: written by run {marker['run']} with identity {other[:8]}, this is run {'/'.join(run.path.parts[-3:])} with identity {mine[:8]}; take the folder away, or pass replace=True to begin anew")
+    "Refuse a checkpoint that was written under another identity, and name what differs"
+    flat = lambda i: {**{k: i[k] for k in ('model','arm','rubric','seed') if k in i}, **i.get('config', {}), **i}
+    theirs,mine = flat(marker['identity']),flat(run.identity)
+    brief = lambda v: repr(v if len(str(v))<=24 else f'{v:.12}...')
+    differ = [f"{k}: {brief(theirs.get(k))} there, {brief(mine.get(k))} here" for k in mine|theirs if k!='config' and theirs.get(k)!=mine.get(k)]
+    if differ: raise UserError(f"{folder}: written by run {marker['run']}, this is run {'/'.join(run.path.parts[-3:])}; they differ in {', '.join(differ)}; take the folder away, or pass replace=True to begin anew")
 
 def has_rows(run:Run, step:int, probe_every:int)->bool:
     "Whether metrics, completions and looks are there up to a step"

@@ -308,7 +308,8 @@ def test_every_part_grows_with_what_it_depends_on():
     grows = lambda part, **kw: e.again(**kw)[part] > e[part]
     assert grows("logits", micro_batch=16) and grows("activations", micro_batch=16) and grows("generation", completions_per_step=128) and grows("generation", max_completion=512)
     assert grows("judge", token_budget=32768) and grows("adapter", lora_r=32) and grows("adapter", ema=True) and grows("heads", head=2000) and grows("activations", gradient_checkpointing=False)
-    assert grows("weights", dtype="float32") and grows("weights", judge_config=SHAPES["qwen3-4b"])
+    assert grows("weights", dtype="float32") and all(grows(part, judge_configs=(SHAPES["qwen3-4b"],)) for part in ("weights", "heads", "judge"))
+    assert e.again(judge_configs=(config, config))["weights"] == pytest.approx(3 * e["weights"])
     assert e.again(load_in_4bit=True)["weights"] < e["weights"] and e.again(backend="unsloth")["logits"] == e["logits"] / 8
     assert all(v > 0 for v in e.values()) and e["total"] < sum(v for k, v in e.items() if k != "total")
 

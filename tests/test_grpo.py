@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hmx_feel.card import CLAIM
-from hmx_feel.grpo import arm_rewards, check_run, gate, open_run, samples, settings_table, train
+from hmx_feel.grpo import arm_rewards, check_run, gate, memory_of, open_run, samples, settings_table, train
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import check_model, load_policy, load_tokenizer
 from hmx_feel.rubric import load_arm, load_prompts
@@ -168,10 +168,15 @@ def test_one_run_is_trained_once_at_a_time(tmp_path):
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), "longer than the"), (dict(max_completion=3500), "of the model's 4096 tokens")])
+@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), r"prompts: \d{2,} are longer than the 6 tokens that max_completion=4090 leaves of the context: (\S+, ){10}\.\.\.$"), (dict(max_completion=3500), "of the model's 4096 tokens")])
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, change, piece):
     with pytest.raises(UserError, match=piece): train(TrainConfig(runs=str(tmp_path), **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_judges_that_only_look_take_memory_too():
+    weights = lambda **kw: memory_of(check_run(TrainConfig(dtype="float32", **kw)))["weights"]
+    assert weights(outside_judges="tiny") == pytest.approx(2 * weights())
 
 
 @pytest.mark.parametrize(("family", "end"), [("qwen3", "<|im_end|>"), ("gemma2", "<end_of_turn>"), ("llama", "<|eot_id|>")])

@@ -186,14 +186,14 @@ def test_lost_rows_lead_to_an_earlier_checkpoint(at_four):
 
 
 def test_a_checkpoint_of_another_run_is_refused(fast, at_four):
-    "In one line that names both, and nothing is touched"
+    "In one line that names both and what differs, and nothing is touched"
     run, config = at_four
     marker = marker_of(checkpoints(run)[2])
-    write_json(checkpoints(run)[2] / MARKER, {**marker, "run": "tiny/reverse/seed0-0123abcd", "identity": "0123abcd" * 8})
+    write_json(checkpoints(run)[2] / MARKER, {**marker, "run": "tiny/reverse/seed0-0123abcd", "identity": {**marker["identity"], "arm": "reverse", "rubric": "0123abcd" * 8}})
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as caught: fast(config)
     line = str(caught.value)
-    assert "tiny/reverse/seed0-0123abcd with identity 0123abcd" in line and f"{run.arm}/{run.path.name} with identity {content_hash(run.identity)[:8]}" in line
+    assert "written by run tiny/reverse/seed0-0123abcd, this is run tiny/forward/" in line and f"they differ in arm: 'reverse' there, 'forward' here, rubric: '0123abcd0123...' there, '{run.identity['rubric'][:12]}...' here; take" in line
     assert "\n" not in line and (run / "metrics.jsonl").read_bytes() == before and list(checkpoints(run)) == [2, 4]
 
 
