@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['UNTOLD', 'derive', 'team', 'of_all', 'together', 'shuffle_in_groups', 'apply_vetoes', 'gate', 'arm_rewards',
            'own_weights', 'external_judge', 'RubricReward', 'paid_rubric', 'known_judge', 'resolve',
-           'check_paying_judge', 'judge_warnings', 'generation_span', 'check_saves', 'grpo_settings', 'grpo_args',
-           'lora', 'check_settings', 'check_reports', 'identity_of', 'check_run', 'finished_run', 'check_fit',
-           'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule', 'missing_sentence',
-           'ledger_look', 'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints', 'check_owner',
-           'has_rows', 'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order', 'make_trainer',
-           'asked_and_resolved', 'train', 'load_parts', 'samples', 'settings_table']
+           'check_paying_judge', 'judge_warnings', 'generation_span', 'doses', 'check_saves', 'grpo_settings',
+           'grpo_args', 'lora', 'check_settings', 'check_reports', 'identity_of', 'check_run', 'finished_run',
+           'check_fit', 'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule',
+           'missing_sentence', 'ledger_look', 'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints',
+           'check_owner', 'has_rows', 'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order',
+           'make_trainer', 'asked_and_resolved', 'train', 'load_parts', 'samples', 'settings_table']
 
 # %% ../nbs/api/05_grpo.ipynb #9a610deb
 import logging,math,re,shutil,time,warnings,zlib
@@ -215,10 +215,17 @@ def generation_span(args)->int: # Steps
     served = args.steps_per_generation*args.num_iterations
     return served//math.gcd(served, args.gradient_accumulation_steps)
 
-def check_saves(args)->None:
+def doses(config:TrainConfig)->list[int]: # In the order given
+    "Steps beside the grid of checkpoints whose adapter is kept"
+    asked = split_list(config.dose_steps or '')
+    if bad := [s for s in asked if not s.isdecimal() or int(s)<1]: raise UserError(f"dose_steps: found {bad[0]!r}, allowed: steps from 1 on, comma-separated; step 0 is the untrained model")
+    return [int(s) for s in asked]
+
+def check_saves(args, extra=())->None:
     "Refuse checkpoints that fall between the steps of one generation"
     span = generation_span(args)
-    if args.save_steps % span: raise UserError(f"save_every: found {args.save_steps}, allowed: a multiple of {span}, the number of steps that learn from one generation")
+    for name,step in [('save_every', args.save_steps), *(('dose_steps', s) for s in extra)]:
+        if step % span: raise UserError(f"{name}: found {step}, allowed: a multiple of {span}, the number of steps that learn from one generation")
 
 # %% ../nbs/api/05_grpo.ipynb #66f6369a
 def grpo_settings(config:TrainConfig, # Resolved
@@ -237,12 +244,13 @@ def grpo_settings(config:TrainConfig, # Resolved
 
 def grpo_args(settings:dict, # From `grpo_settings`
               folder, # Where checkpoints go
+              extra=(), # Further steps that are saved
              ):
     "TRL's configuration of a run"
     from trl import GRPOConfig
     args = GRPOConfig(output_dir=str(folder), **settings)
     args._n_gpu = min(args.n_gpu, 1)
-    check_saves(args)
+    check_saves(args, extra)
     return args
 
 # %% ../nbs/api/05_grpo.ipynb #d953aeab
@@ -256,7 +264,7 @@ def check_settings(config:TrainConfig)->None: # Resolved
     "Refuse what several processes, loggers, the hub or the classifier cannot take"
     n,have = team().num_processes,config.completions_per_step
     if have % (n*config.micro_batch): raise UserError(f"completions_per_step: found {have}, allowed: a multiple of {n*config.micro_batch}, micro_batch ({config.micro_batch}) times the number of processes ({n})")
-    check_reports(config.report_to)
+    doses(config); check_reports(config.report_to)
     if config.emotions: check_emotions(config.emotions)
     if config.push_to_hub: check_push(config.push_to_hub, config.model)
 
@@ -361,7 +369,7 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
     "Seeds, metrics, ledger, checkpoints, progress, stop rules"
     import torch
     from transformers import TrainerCallback
-    main = team().is_main_process
+    main,extra = team().is_main_process,doses(config)
     class Watch(TrainerCallback):
         stopped,began,saving = None,0.,False
         def __init__(self): self.rows = run.read_jsonl('metrics.jsonl')
@@ -369,6 +377,7 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             torch.manual_seed(derive(config.seed, 'sample', state.global_step, *[team().process_index]*(not main))); self.began = time.perf_counter()
         def on_step_end(self, args, state, control, model=None, **kw):
             if reward.average: reward.average.update(model)
+            if state.global_step in extra: control.should_save = True
             if any(of_all([bool(asked)])) and state.global_step%generation_span(args)==0: control.should_save = control.should_training_stop = True
         def on_log(self, args, state, control, logs=None, **kw):
             if not logs or 'loss' not in logs: return
@@ -383,7 +392,7 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             team().wait_for_everyone()
             if main:
                 if reward.average: reward.average.save(checkpoints(run)[state.global_step]/'ema.safetensors')
-                close_checkpoint(run, state.global_step, config.save_every, budgets=[j.budget for j in judges_of(reward, ledger)])
+                close_checkpoint(run, state.global_step, config.save_every, extra, budgets=[j.budget for j in judges_of(reward, ledger)])
             self.saving = False
     return Watch()
 
@@ -432,21 +441,22 @@ def drop_checkpoint(folder)->None:
 
 # %% ../nbs/api/05_grpo.ipynb #d3f71552
 def close_checkpoint(run:Run, step:int, every:int, # Steps between two checkpoints
+                     extra=(), # Further steps that are kept
                      **facts)->None: # What else the marker says
     "Mark a checkpoint as complete, and thin out the older ones"
     folder = checkpoints(run)[step]
     (folder/'training_args.bin').unlink(missing_ok=True)
     name = '/'.join(run.path.parts[-3:])
     seal(folder, step=step, run=name, identity=run.identity, resumable=True, **facts)
-    thin_checkpoints(run, every)
+    thin_checkpoints(run, every, extra)
 
 # %% ../nbs/api/05_grpo.ipynb #5f4479fa
 _DOSE = ('adapter_config.json','adapter_model.safetensors','ema.safetensors',MARKER)
 
-def thin_checkpoints(run:Run, every:int)->None:
+def thin_checkpoints(run:Run, every:int, extra=())->None:
     "Drop what is off the grid, and all but the dose from those before the newest two"
     whole = [(s,f) for s,f in checkpoints(run).items() if marker_of(f)]
-    for _,f in (off := [x for x in whole[:-1] if x[0]%every]): drop_checkpoint(f)
+    for _,f in (off := [x for x in whole[:-1] if x[0]%every and x[0] not in extra]): drop_checkpoint(f)
     for _,f in [x for x in whole if x not in off][:-2]:
         m = marker_of(f)
         if m['resumable']: write_json(f/MARKER, {**m, 'resumable':False, 'files':{n:h for n,h in m['files'].items() if n in _DOSE}})
@@ -534,7 +544,7 @@ def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     config = checked['config']
     rows = [dict(prompt=turns(p.chat, policy.spec), id=p.id, kind=p.kind) for p in checked['prompts']]
     order = prompt_order(len(rows), config.completions_per_step//config.group_size, config.steps, config.seed)
-    args = grpo_args(grpo_settings(config, policy.spec), run/'checkpoints')
+    args = grpo_args(grpo_settings(config, policy.spec), run/'checkpoints', doses(config))
     torch.manual_seed(derive(config.seed, 'lora'))
     with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(run/'tensorboard')):
         trainer = GRPOTrainer(model=policy.model, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),

@@ -207,6 +207,7 @@ class TrainConfig(BaseConfig):
     max_kl:float|None = Field(None, gt=0, description="stop when the KL divergence from the untrained model is above this over 20 steps, in nats per token, with beta above 0; None: never")
     probe_every:int|None = Field(None, ge=1, description="steps between two looks at the probe set; None: the model's recipe")
     save_every:int|None = Field(None, ge=1, description="steps between two checkpoints; None: the model's recipe")
+    dose_steps:str|None = Field(None, description="further steps whose adapter is kept, comma-separated, such as 10,150; empty: none; None: the model's recipe")
     outside_judges:str = Field('', description="further models that score the probe set and never pay, comma-separated: short names, hub ids or local folders")
     emotions:str = Field('', description="local folder of an emotion classifier that reads the probe answers; empty: none")
     report_to:str = Field('tensorboard', description="where metrics go besides the run folder, comma-separated, such as tensorboard or wandb; empty: nowhere")

@@ -140,13 +140,15 @@ def test_several_passes_over_the_prompts(fast, tmp_path):
 
 
 def test_old_checkpoints_keep_their_dose(fast, tmp_path):
-    config = TrainConfig(judge="ema", runs=str(tmp_path), **dict(FAST, save_every=1, max_completion=8, probe_every=9))
+    "On the grid and where a dose was asked for"
+    config = TrainConfig(judge="ema", runs=str(tmp_path), **dict(FAST, save_every=2, dose_steps="1", max_completion=8, probe_every=9))
+    kill(fast, config, "on_step_begin", 3)
     run = fast(config)
     held = {s: {p.name for p in f.iterdir()} for s, f in checkpoints(run).items()}
     dose = {"adapter_config.json", "adapter_model.safetensors", "ema.safetensors", MARKER}
-    assert [s for s in held if held[s] == dose] == [1, 2, 3] and list(held) == [1, 2, 3, 4, 5]
+    assert [s for s in held if held[s] == dose] == [1, 2] and list(held) == [1, 2, 4, 5]
     assert all({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < held[s] for s in (4, 5))
-    assert [marker_of(f)["resumable"] for f in checkpoints(run).values()] == [False, False, False, True, True]
+    assert [marker_of(f)["resumable"] for f in checkpoints(run).values()] == [False, False, True, True]
     assert not list(run.path.rglob("training_args.bin"))
 
 
