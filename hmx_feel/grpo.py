@@ -186,8 +186,8 @@ def known_judge(config:TrainConfig)->dict|None: # calibration.json
 def resolve(config:TrainConfig)->TrainConfig: # No field left open
     "Fill what was left open from the model's recipe, the card that is there and what is known of the judge"
     r = asdict(recipe(config.model)) | dict(load_in_4bit=False, token_budget=16384) | card_defaults(config.model, device_memory())
-    known = known_judge(config) or {}
-    fits = r | dict(micro_batch=math.gcd(r['micro_batch'], config.completions_per_step//team().num_processes), noise_floor=known.get('noise_floor'))
+    known,within = known_judge(config) or {},[s for s in split_list(r['dose_steps']) if int(s)<=(config.steps or r['steps'])]
+    fits = r | dict(dose_steps=','.join(within), micro_batch=math.gcd(r['micro_batch'], config.completions_per_step//team().num_processes), noise_floor=known.get('noise_floor'))
     auto = dict(layout=known.get('layout', 'rubric_first')) if config.layout=='auto' else {}
     return config.model_copy(update={k: v for k,v in fits.items() if getattr(config, k) is None} | auto)
 
@@ -215,10 +215,11 @@ def generation_span(args)->int: # Steps
     served = args.steps_per_generation*args.num_iterations
     return served//math.gcd(served, args.gradient_accumulation_steps)
 
-def doses(config:TrainConfig)->list[int]: # In the order given
+def doses(config:TrainConfig, # Resolved
+         )->list[int]: # In the order given
     "Steps beside the grid of checkpoints whose adapter is kept"
     asked = split_list(config.dose_steps or '')
-    if bad := [s for s in asked if not s.isdecimal() or int(s)<1]: raise UserError(f"dose_steps: found {bad[0]!r}, allowed: steps from 1 on, comma-separated; step 0 is the untrained model")
+    if bad := [s for s in asked if not s.isdecimal() or not 1<=int(s)<=config.steps]: raise UserError(f"dose_steps: found {bad[0]!r}, allowed: steps from 1 to {config.steps}, comma-separated; step 0 is the untrained model")
     return [int(s) for s in asked]
 
 def check_saves(args, extra=())->None:
