@@ -337,11 +337,13 @@ def lm_batch(rng, tok, spec, P, known, n:int, options:bool=False)->list: # (prom
 def lm_loss(net, batch, pad):
     "Mean cross-entropy of the answers' tokens"
     import torch
-    L = max(len(p)+len(a) for p,a in batch)
-    ids,lab = torch.full((len(batch),L), pad),torch.full((len(batch),L), -100)
-    for i,(p,a) in enumerate(batch):
-        ids[i,:len(p)+len(a)] = torch.tensor(p+a); lab[i,len(p):len(p)+len(a)] = torch.tensor(a)
-    return net(input_ids=ids, labels=lab).loss
+    batch = sorted(batch, key=lambda row: len(row[0])+len(row[1])); half = len(batch)//2; total = 0.
+    for part in (batch[:half], batch[half:]):
+        ids = torch.full((len(part), max(len(p)+len(a) for p,a in part)), pad); before_answer = torch.zeros(ids.shape, dtype=bool)
+        for i,(p,a) in enumerate(part): ids[i,:len(p)+len(a)] = torch.tensor(p+a); before_answer[i,len(p)-1:len(p)+len(a)-1] = True
+        hidden = net.model(input_ids=ids, use_cache=False).last_hidden_state[before_answer]
+        total = total + torch.nn.functional.cross_entropy(net.lm_head(hidden), torch.tensor([t for _,a in part for t in a]), reduction='sum')
+    return total/sum(len(a) for _,a in batch)
 
 # %% ../nbs/api/09_tiny.ipynb #46837ff6
 def judge_rows(rng, pieces, who, inverted, P, known, n=22)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
