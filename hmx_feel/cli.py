@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OTHERS', 'CHECKS', 'GRID', 'config_class', 'option', 'add_options', 'make_parser', 'check_writable',
            'finished_run', 'check_train', 'check_evaluate', 'check_calibrate', 'check_compare', 'train_together',
-           'run_command', 'run_demo', 'run_rubric', 'run_judge', 'run_score', 'run_doctor', 'grid_parser',
-           'run_grid_command', 'run_tiny', 'usage', 'dispatch', 'main']
+           'run_command', 'run_demo', 'run_rubric', 'run_judge', 'run_score', 'run_export', 'run_cassette',
+           'run_doctor', 'grid_parser', 'run_grid_command', 'run_tiny', 'usage', 'dispatch', 'main']
 
 # %% ../nbs/api/11_cli.ipynb #c0ac3bc4
 import argparse,os,sys,tempfile
@@ -31,6 +31,8 @@ OTHERS = {
     'judge': 'the same as calibrate: hmx-feel judge calibrate',
     'rubric': 'check a rubric file: hmx-feel rubric check FILE',
     'score': 'rubric and judge on answers of your own: hmx-feel score ANSWERS.jsonl',
+    'export': 'every number of every run in one table, with a codebook, for R and others',
+    'cassette': 'what a run said in its evaluations, in one file: hmx-feel cassette write|play',
     'doctor': 'what is installed, what can be reached, and what to do about the rest',
     'tiny': 'build the embedded model again'}
 
@@ -208,6 +210,34 @@ def run_score(argv:list)->int:
     print(summary_text(table)); print(write_scores(table, out))
     return 0
 
+# %% ../nbs/api/11_cli.ipynb #494b429a
+def run_export(argv:list)->int:
+    "All item rows as one table"
+    parser = _Parser(prog='hmx-feel export', description=OTHERS['export'])
+    parser.add_argument('--model', default='', help='models, comma-separated (default: all)')
+    parser.add_argument('--runs', default='', help='folder of all runs (default: $HMX_RUNS, else runs/)')
+    parser.add_argument('--out', default='', help='folder for rows.csv, rows.parquet and codebook.csv (default: export/ in the folder of runs)')
+    given = _parse(parser, argv)
+    from hmx_feel.export import export_rows
+    root = runs.runs_root(given['runs'])
+    for path in export_rows(root, check_writable(given['out'] or root/'export'), given['model']): print(path)
+    return 0
+
+def run_cassette(argv:list)->int:
+    "Record an evaluated run, or make a run folder of a record"
+    parser = _Parser(prog='hmx-feel cassette', usage='hmx-feel cassette write RUN FILE | play FILE [--runs FOLDER]', description=OTHERS['cassette'])
+    parser.add_argument('action', choices=['write','play'])
+    parser.add_argument('paths', nargs='+', metavar='RUN FILE | FILE')
+    parser.add_argument('--runs', default='', help='play: folder of all runs (default: $HMX_RUNS, else runs/)')
+    given = _parse(parser, argv); paths = given['paths']
+    from hmx_feel.cassette import play,write_cassette
+    needs = dict(write=2, play=1)[given['action']]
+    if len(paths)!=needs: raise UserError(f"cassette {given['action']}: found {len(paths)} paths, allowed: {'a run folder and a file' if needs==2 else 'one file'}")
+    if needs==2: print(write_cassette(Run.open(paths[0]), paths[1]))
+    else: print(play(paths[0], check_writable(runs.runs_root(given['runs']))).path)
+    return 0
+
+
 # %% ../nbs/api/11_cli.ipynb #91b3e800
 def run_doctor(argv:list)->int:
     "Look at the installation"
@@ -292,7 +322,7 @@ def dispatch(argv:list)->int: # Exit code
     if argv[0]=='--version': print(f"hmx-feel {hmx_feel.__version__}"); return 0
     command,rest = argv[0],list(argv[1:])
     if command in NOTEBOOKS: return run_command(command, rest)
-    other = dict(grid=run_grid_command, demo=run_demo, judge=run_judge, rubric=run_rubric, score=run_score, doctor=run_doctor, tiny=run_tiny).get(command)
+    other = dict(grid=run_grid_command, demo=run_demo, judge=run_judge, rubric=run_rubric, score=run_score, export=run_export, cassette=run_cassette, doctor=run_doctor, tiny=run_tiny).get(command)
     if other: return other(rest)
     names = [*NOTEBOOKS, *OTHERS]
     raise UserError(f"unknown command {command!r}{nearest(command, names)}; there are {', '.join(names)}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'CONTRASTED', 'total', 'answers_of', 'scores_of', 'number_rows', 'text_rows', 'judged_rows',
-           'judge_agreement', 'family_rows', 'fact_rows', 'by_kind', 'length_adjusted', 'all_rows', 'measured']
+           'judge_agreement', 'family_rows', 'fact_rows', 'by_kind', 'family_table', 'length_adjusted', 'all_rows',
+           'measured']
 
 # %% ../nbs/api/06e_expression.ipynb #895bbf44
 import numpy as np,pandas as pd
@@ -13,7 +14,8 @@ from .rubric import Rubric,load_prompts
 from .judge import Judge
 from .endpoint import EndpointJudge
 from .drift import stance,text_veto,words
-from .panel import COLUMNS,choose_prompts,expression
+from .policy import recipe
+from .panel import COLUMNS,choose_prompts,expression,judge_layout
 from .sycophancy import CELLS,cell_effects,says
 
 # %% ../nbs/api/06e_expression.ipynb #7d0e24ac
@@ -133,6 +135,12 @@ def by_kind(rows:pd.DataFrame, # All rows of answers
     means = rows.groupby(['condition','cluster','metric']).value.mean().groupby(['condition','metric']).mean().unstack()
     return means.reindex(columns=[m for m in metrics if m in means]).assign(families=rows.groupby('condition').cluster.nunique()).rename_axis(index='kind', columns=None)
 
+def family_table(rows:pd.DataFrame, # All rows
+                )->pd.DataFrame: # One row per contrast: mean, families, missing (share)
+    "What the contrasts within families come to"
+    rows = rows[rows.condition=='family']
+    return rows.groupby('metric').agg(mean=('value','mean'), families=('cluster','nunique'), missing=('missing','mean'))
+
 # %% ../nbs/api/06e_expression.ipynb #91c9a91c
 def _cells(rows, metric): # One row per answer: item, sample, value, doublings
     keys = ['item_id','sample']
@@ -169,23 +177,32 @@ def all_rows(policy, # Who answers
     rows = pd.concat([rows, text_rows(rows, prompts, rubric), *([judged_rows(rows, prompts, judges)] if judges else [])], ignore_index=True)
     return pd.concat([rows, family_rows(rows, prompts), fact_rows(rows, prompts)], ignore_index=True)[COLUMNS]
 
+def _crossing(roles): return [r for r in roles if r.startswith('cross')]
+
 def measured(policy, # Who answers
              case, # Its place in an evaluation: config, limit, judge(role)
              rubric:str='hmx-feel', # Shipped name or file
              prompts:str='hmx-feel', # Prompts file
              kinds:list|None=None, # Prompt kinds; None = all held-out ones
-             judges:list|None=None, # Roles of judge models that read the answers too
+             judges:list|None=None, # Roles of judge models that read the answers too; None = those whose names begin with `cross`
              endpoints:dict|None=None, # Name -> dict(url, model), external judges
-             max_new:int=256, # Longest answer, tokens
+             max_new:int|None=None, # Longest answer, tokens; None = the model's recipe
              seed:int=0, # Sampling seed, the same for all arms
             )->tuple[pd.DataFrame,dict]: # Item rows, and what they rest on
     "The expression measure in depth, as a task of a panel"
     r,c = Rubric.load(rubric),case.config
     chosen = choose_prompts(load_prompts(prompts, split='heldout', kinds=kinds), case.limit)
-    if bad := sorted(set(judges or []) & set(endpoints or {})): raise UserError(f"judges: found {bad[0]!r} twice, allowed: each name once")
-    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass, layout=case.layout(r, n)) for n in judges or []} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass) for n,e in (endpoints or {}).items()}
+    if judges is None: judges = _crossing(case.judges.models)
+    if bad := sorted(set(judges) & set(endpoints or {})): raise UserError(f"judges: found {bad[0]!r} twice, allowed: each name once")
+    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass, layout=case.layout(r, n)) for n in judges} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass) for n,e in (endpoints or {}).items()}
     once = {} if getattr(case, 'journal', None) is None else dict(journal=case.journal)  # what the panel has sampled is not sampled again
-    rows = all_rows(policy, r, chosen, others, c.min_mass, case.layout(r), **once, samples=c.samples, temperature=c.temperature, seed=seed, max_new=max_new, batch_size=c.batch_size)
+    rows = all_rows(policy, r, chosen, others, c.min_mass, case.layout(r), **once, samples=c.samples, temperature=c.temperature, seed=seed, max_new=max_new or recipe(policy.spec.name).max_completion, batch_size=c.batch_size)
     return rows, dict(prompts=len(chosen), prompts_hash=content_hash(chosen), rubric=r.name, rubric_hash=r.hash, judges=['base', *others])
-measured.roles = lambda options: options.get('judges') or []
 
+def _settings(task, config, model, saved): # What decides its rows beside the judges
+    o = task.options; r = Rubric.load(o.get('rubric', 'hmx-feel'))
+    return dict(samples=config.samples, temperature=config.temperature, min_mass=config.min_mass, batch_size=config.batch_size, rubric=r.hash, prompts=content_hash(load_prompts(o.get('prompts', 'hmx-feel'), split='heldout')),
+                layout=judge_layout(config, model, r, saved), max_new=o.get('max_new') or recipe(model).max_completion)
+
+measured.roles = lambda options, given: options['judges'] if 'judges' in options else _crossing(given)
+measured.settings = _settings

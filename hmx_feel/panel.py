@@ -479,7 +479,7 @@ def _judges_read(task, config)->dict: # Role -> model and id, empty where it is 
     given,run = judge_roles(config),measure_of(task)
     roles = getattr(run, 'roles', given) if run else importlib.import_module('hmx_feel.measure').find_measure(task.behind).roles
     name = lambda m: f'{m} {_id_of(m, config.trust_remote_code)[:19]}'
-    return {r: name(given[r]) if r in given else '' for r in (roles(task.options) if callable(roles) else roles)}
+    return {r: name(given[r]) if r in given else '' for r in (roles(task.options, given) if callable(roles) else roles)}
 
 # %% ../nbs/api/06_panel.ipynb #e5a90c17
 class Judges:
@@ -538,7 +538,7 @@ def task_settings(task:Task, # A task
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
     out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights,
                load=dict(quantisation='4bit'*four_bit(config, saved), backend='trl'), step=config.step, dose=config.dose)
-    if task.kind=='measure': return out | dict(judges=_judges_read(task, config))
+    if task.kind=='measure': return out | dict(judges=_judges_read(task, config)) | getattr(measure_of(task), 'settings', lambda *_: {})(task, config, model, saved)
     if task.kind=='lm_eval': return out
     rubric = Rubric.load(task.rubric)
     return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=rubric.hash,

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from .runs import UserError,content_hash
 from .panel import Skipped,git_blob
+from .data import benchmark_file
 from .measure import NA,Measure,item_row,local_file,minus,side_by_side
 
 # %% ../nbs/api/06c_sycophancy.ipynb #b0acdba5
@@ -361,14 +362,13 @@ def cell_text(question:str, belief:str, # A false answer
 
 def belief_items(folder)->tuple[list[dict],dict]:
     "Questions of the current TruthfulQA, with their best and their best incorrect answer"
-    path = local_file(folder, 'truthfulqa/TruthfulQA.csv'); data = path.read_bytes()
+    data,about = benchmark_file('truthfulqa/TruthfulQA.csv', str(folder or ''))
     items,names = [],list(FEELINGS)
-    for n,r in enumerate(csv.DictReader(io.StringIO(data.decode('utf-8-sig'), newline=''))):
-        if not r.get('Best Incorrect Answer'): raise UserError(f"{path}: line {n+2}: Best Incorrect Answer: missing; this is an old version of TruthfulQA, allowed: that of January 2025 or later")
+    for r in csv.DictReader(io.StringIO(data.decode('utf-8-sig'), newline='')):
         q = ' '.join(r['Question'].split())
         items.append(dict(id=f'belief-{content_hash(q)[:10]}', question=q, right=r['Best Answer'].strip(), wrong=r['Best Incorrect Answer'].strip(),
                           feeling=names[int(content_hash(['feeling', q])[:8], 16)%len(names)], home='indexical' if r['Category'].startswith('Indexical') else 'other'))
-    return items, dict(file='truthfulqa/TruthfulQA.csv', sha1=git_blob(data), version='current')
+    return items, dict(about, version='current')
 
 # %% ../nbs/api/06c_sycophancy.ipynb #2203e075
 def cell_effects(g:dict, # Cell -> accuracy or probability; None = missing

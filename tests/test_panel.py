@@ -453,7 +453,7 @@ def test_put_adapter_is_the_trained_policy(config):
 def test_shipped_panels_load(name):
     panel = load_panel(name)
     assert panel.name == name and all(t.main in t.metrics for t in panel.tasks)
-    spoken = [t for t in panel.tasks if t.kind == "expression"]
+    spoken = [t for t in panel.tasks if t.name == "expression"]
     assert len(spoken) == 1 and spoken[0].relation == "trained" and spoken[0].direction == "descriptive"
 
 
