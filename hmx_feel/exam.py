@@ -84,7 +84,7 @@ def look(make, exam:Exam, rubric:Rubric, **condition)->pd.DataFrame: # One row p
     n,k = s.value.shape
     each = lambda xs: np.repeat(np.array(xs, dtype=object), k)
     return pd.DataFrame(dict(item=np.repeat(np.arange(n), k), prompt=each([p.id for p in exam.prompts]), kind=each([p.kind for p in exam.prompts]), type=each(exam.types), half=each(exam.halves),
-        words=each([len(a.split()) for a in exam.answers]).astype(int), criterion=np.tile(np.array(s.ids, dtype=object), n), known=[float(l.get(c) or np.nan) for l in exam.labels for c in s.ids],
+        words=each([len(a.split()) for a in exam.answers]).astype(int), criterion=np.tile(np.array(s.ids, dtype=object), n), known=np.array([l.get(c) for l in exam.labels for c in s.ids], dtype=float),
         value=s.value.ravel(), mass=s.mass.ravel(), said=np.where(np.isnan(s.value), np.nan, s.label).ravel()) | how)
 
 # %% ../nbs/api/03b_exam.ipynb #e832d5ff

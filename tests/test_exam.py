@@ -27,7 +27,7 @@ class Planted:
     def __init__(self, rubric, how): self.rubric, self.how = rubric, how
     def score(self, prompts, answers):
         v = np.array([[self.how(i, c, a) for c in self.rubric.ids] for i, a in enumerate(answers)])
-        p = np.exp(-12 * np.abs(v[..., None] - np.linspace(0, 1, 5)))
+        p = np.exp(-12 * np.abs(v[..., None] - np.linspace(0, 1, len(self.rubric.scale))))
         p /= p.sum(-1, keepdims=True)
         return Scores(self.rubric.ids, *read_scores(np.log(p), self.rubric.scale), np.zeros(len(answers), bool))
 
@@ -105,6 +105,14 @@ def test_the_better_layout_is_chosen(shipped, rubric):
     mixed = lambda first, last: pd.concat([look(first, half, rubric, layout="rubric_first"), look(last, half, rubric, layout="criterion_last")])
     assert choose_layout(mixed(lot, good)) == "criterion_last"
     assert choose_layout(mixed(good, lot)) == choose_layout(mixed(good, good)) == "rubric_first"
+
+
+def test_the_lowest_point_may_be_0(rubric, shipped):
+    "A label of 0 is a label; null and what is left out are not"
+    binary = rubric.model_copy(update=dict(scale=[0, 1]))
+    some = Exam(shipped.prompts[:4], shipped.answers[:4], [{"feeling.shade": l} for l in (0, 1, None)] + [{}], [""] * 4, ["report"] * 4)
+    known = look(lambda R, **how: Planted(R, lambda i, c, a: .5), some, binary).query("criterion=='feeling.shade'").known
+    np.testing.assert_array_equal(known, [0, 1, np.nan, np.nan])
 
 
 def test_agreement_worked_by_hand():
