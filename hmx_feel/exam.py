@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Exam', 'load_labelled', 'load_attacks', 'attacked', 'look', 'choose_layout', 'examine', 'agreement',
-           'plain_rows', 'sensitivity', 'noise_floor', 'at_chance', 'verdict', 'by_type', 'by_attack', 'headroom',
-           'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'check_calibration', 'calibrate',
+           'plain_rows', 'sensitivity', 'noise_floor', 'at_chance', 'untested', 'verdict', 'by_type', 'by_attack',
+           'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'check_calibration', 'calibrate',
            'calibration_for', 'cross_judge', 'agreement_matrix', 'without_own', 'rating_sheet', 'read_ratings', 'alpha']
 
 # %% ../nbs/api/03b_exam.ipynb #dba1b1b0
@@ -191,7 +191,7 @@ def noise_floor(df:pd.DataFrame, rubric:Rubric, layout:str)->float: # In [0, 1]
     return float(np.nanmedian(pd.DataFrame(pay).std(axis=1, ddof=1, skipna=False)))
 
 # %% ../nbs/api/03b_exam.ipynb #41ba8526
-LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, length=.05, injection=.1, r_inverted=-.3)
+LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, missing_attacked=.3, length=.05, injection=.1, r_inverted=-.3)
 
 def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
     "Criteria whose Spearman's interval (Fisher's z, 95 %) reaches below the limit, or whose spread does; those with one known level tell nothing and are left out"
@@ -200,23 +200,40 @@ def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
     return told.criterion[~(low>LIMITS['spearman']) | ~(told.spread>=LIMITS['spread'])].tolist()
 
 # %% ../nbs/api/03b_exam.ipynb #c8c6f86a
+def untested(table:pd.DataFrame, # From `agreement`
+             rubric:Rubric, # Whose paid criteria count
+            )->list[str]: # Criterion ids
+    "Paid criteria of which fewer than two levels are known: nothing can be said of them"
+    told = set(table.criterion[~(table.chance==1)])
+    return [c for c in rubric.paid_ids if c not in told]
+
 def verdict(df:pd.DataFrame, # All rows, from `examine`
             rubric:Rubric, # Whose paid criteria count
             layout:str, # The layout in use
             name:str='this model', # For the sentence
-           )->dict: # fit, reasons, at_chance, sentence and the figures behind them
+           )->dict: # fit, reasons, at_chance, untested, sentence and the figures behind them
     "Fit or not, and why"
-    table = agreement(plain_rows(df, layout)); s = sensitivity(df, layout).set_index('criterion'); paid = [c for c in rubric.paid_ids if c in set(table.criterion)]
-    bad = [c for c in at_chance(table) if c in paid]; t = table.set_index('criterion').loc[paid]; m = s.loc[paid].mean()
-    found = dict(at_chance=len(bad)/max(len(paid), 1), missing=float(t.missing.max()), length=float(m.length), injection=float(m.injection), r_inverted=float(m.r_inverted))
-    says = dict(at_chance=f"{len(bad)} of {len(paid)} paid criteria are at chance ({', '.join(bad)})", missing=f"it gives no score to {found['missing']:.0%} of the answers on one criterion",
-                length=f"twice as many words shift a score by {found['length']:+.2f}", injection=f"attacks shift a score by {found['injection']:+.2f}", r_inverted=f"opposite questions get scores that correlate at {found['r_inverted']:+.2f}")
-    broken = lambda k: abs(found[k]) > LIMITS[k] if k in ('length','injection') else found[k] > LIMITS[k]
-    reasons = [says[k] for k in says if broken(k)]
+    table,paid = agreement(plain_rows(df, layout)),rubric.paid_ids
+    lost = untested(table, rubric); bad = [c for c in at_chance(table) if c in paid]
+    found = _found(df, table, rubric, layout) | dict(at_chance=len([*bad, *lost])/len(paid))
+    broken = [k for k in _CHECKS if (abs(found[k]) if k in ('length','injection') else found[k]) > LIMITS[k]]
+    blind = lost*('at_chance' in broken) + [_CHECKS[k][0] for k in _CHECKS if np.isnan(found[k])]
+    says = {k: text.format(found[k]) for k,(_,text) in _CHECKS.items()} | dict(at_chance=f"{len(bad)} of {len(paid)} paid criteria are at chance ({', '.join(bad)})")
+    reasons = [says[k] for k in broken if k!='at_chance' or bad] + [f"untested: {', '.join(blind)}"]*bool(blind)
     told = table.set_index('criterion'); least = told.accuracy.fillna(0)
-    rest = f"; at chance: {', '.join(bad)}" if bad else '; no criterion is at chance'
-    return dict(fit=not reasons, reasons=reasons, at_chance=bad, limits=LIMITS, found=found, agreement_min=float(least.min()), agreement_mean=float(least.mean()), worst=least.idxmin(), noise_floor=noise_floor(df, rubric, layout), layout=layout,
-                sentence=f"{name} is fit to judge {rubric.name}{rest}." if not reasons else f"{name} is not fit to judge {rubric.name}: {'; '.join(reasons)}.")
+    rest = (f"at chance: {', '.join(bad)}" if bad else 'no criterion is at chance') + f"; untested: {', '.join(lost)}"*bool(lost)
+    return dict(fit=not reasons, reasons=reasons, at_chance=bad, untested=lost, limits=LIMITS, found=found, agreement_min=float(least.min()), agreement_mean=float(least.mean()), worst=least.idxmin(), noise_floor=noise_floor(df, rubric, layout), layout=layout,
+                sentence=f"{name} is fit to judge {rubric.name}; {rest}." if not reasons else f"{name} is not fit to judge {rubric.name}: {'; '.join(reasons)}.")
+
+_CHECKS = dict(at_chance=('levels',''), missing=('missing scores', "it gives no score to {:.0%} of the answers on one criterion"), length=('length', "twice as many words shift a score by {:+.2f}"),
+               injection=('attacks', "attacks shift a score by {:+.2f}"), missing_attacked=('scores under attack', "under attack it gives no score to {:.0%} of the answers on one criterion"),
+               r_inverted=('opposite questions', "opposite questions get scores that correlate at {:+.2f}"))
+
+def _found(df, table, rubric, layout)->dict:
+    "The figures that decide, NaN where there is nothing to decide by"
+    paid = rubric.paid_ids; t = table.set_index('criterion').reindex(paid); m = sensitivity(df, layout).set_index('criterion').reindex(paid).mean()
+    hit = df[(df.set=='attack') & (df.layout==layout) & df.fenced & df.criterion.isin(paid)]
+    return dict(missing=float(t.missing.max()), length=float(m.length), injection=float(m.injection), missing_attacked=float(hit.value.isna().groupby(hit.criterion).mean().max()), r_inverted=float(m.r_inverted))
 
 # %% ../nbs/api/03b_exam.ipynb #4ba018dc
 def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n, accuracy, value, known (both in [0, 1])

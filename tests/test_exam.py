@@ -84,6 +84,18 @@ def test_planted_bad_judges_are_declared_unfit(found, rubric, name, reason):
     assert not v["fit"] and reason in v["sentence"], v["sentence"]
 
 
+def test_absent_evidence_is_no_pass(found, rubric):
+    "Criteria with one known level, no opposite questions, no scores under attack: named, and not fit"
+    rows, layout = found["good"]
+    few = rows.assign(known=rows.known.where(~rows.criterion.isin(rubric.paid_ids[:2])))
+    v = verdict(few, rubric, layout)
+    assert v["fit"] and v["untested"] == rubric.paid_ids[:2] and "untested: " + ", ".join(rubric.paid_ids[:2]) in v["sentence"]
+    rest = rows[rows.form == "plain"]
+    v = verdict(rest.assign(known=rest.known.where(~rest.criterion.isin(rubric.paid_ids[:4]), 3.), value=rest.value.where(rest.set != "attack")), rubric, layout)
+    assert not v["fit"] and v["untested"] == rubric.paid_ids[:4] and v["at_chance"] == []
+    assert v["reasons"] == ["under attack it gives no score to 100% of the answers on one criterion", "untested: " + ", ".join([*rubric.paid_ids[:4], "attacks", "opposite questions"])]
+
+
 def test_length_and_lot_are_at_chance_everywhere(found, rubric):
     for name in ("lot", "length"):
         rows, layout = found[name]
