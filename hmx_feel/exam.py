@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LIMITS', 'Exam', 'load_labelled', 'load_attacks', 'attacked', 'look', 'choose_layout', 'examine', 'agreement',
            'plain_rows', 'sensitivity', 'noise_floor', 'at_chance', 'untested', 'verdict', 'by_type', 'by_attack',
-           'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'check_calibration', 'calibrate',
-           'calibration_for', 'cross_judge', 'agreement_matrix', 'without_own', 'rating_sheet', 'read_ratings', 'alpha']
+           'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'judge_identity', 'check_calibration',
+           'calibrate', 'calibration_for', 'cross_judge', 'agreement_matrix', 'without_own', 'rating_sheet',
+           'read_ratings', 'alpha']
 
 # %% ../nbs/api/03b_exam.ipynb #dba1b1b0
 import numpy as np, pandas as pd
@@ -17,8 +18,8 @@ from statsmodels.stats.proportion import proportion_confint
 from .runs import UserError,JudgeConfig,Run,clear_progress,content_hash,data_path,environment,find_runs,nearest,numbered_rows,split_list,write_parquet,write_text
 from .rubric import Rubric,load_arm,load_prompts,train_prompts
 from .policy import check_model,dtype_name,generate,load_policy,model_id,recipe
-from .judge import LAYOUTS,Judge,judge_prompt
-from .endpoint import EndpointJudge
+from .judge import LAYOUTS,Judge,check_packing,judge_prompt
+from .endpoint import EndpointJudge,add_up,check_url
 
 # %% ../nbs/api/03b_exam.ipynb #56dd8cf6
 @dataclass
@@ -292,7 +293,7 @@ def arm_rubrics(arms)->dict: # Rubric under the names of the arms that share it
 def judge_maker(config:JudgeConfig, policy=None, made:list|None=None): # (rubric, parts, layout, fenced) -> judge
     "Something that makes judges of a policy, or of an endpoint, under any condition; judges of an endpoint are also put into `made`"
     def elsewhere(R, parts, layout, fenced):
-        made.append(EndpointJudge(config.url, config.model, R, min_mass=config.min_mass, parts=parts, layout=layout, fenced=fenced))
+        made.append(EndpointJudge(config.url, config.model, R, min_mass=config.min_mass, timeout=config.timeout, retries=config.retries, price=config.price, parts=parts, layout=layout, fenced=fenced))
         return made[-1]
     if config.url: return elsewhere
     return lambda R, parts, layout, fenced: Judge(policy, R, min_mass=config.min_mass, layout=layout, parts=parts, fenced=fenced)
@@ -318,13 +319,24 @@ def _headroom(config:JudgeConfig, policy, run:Run, known:dict)->None:
     write_parquet(run/'headroom.parquet', headroom(policy, R, prompts, config.group_size, known['noise_floor'], max_new=config.max_completion or r.max_completion, min_mass=config.min_mass, layout=known['layout']))
 
 # %% ../nbs/api/03b_exam.ipynb #687ae59f
+def judge_identity(model:str, # Model, any form
+                   url:str='', # Endpoint behind which it is
+                   min_mass:float=.5, # Below this mass a score is missing
+                   dtype:str='auto', # Number type of the weights
+                   revision:str='', # Hub revision
+                   trust_remote_code:bool=False, # Whether the repository's own code may run
+                  )->dict: # weights, min_mass, and dtype where the weights are loaded here
+    "What has to be equal for a calibration to speak of a judge"
+    if url: return dict(weights=check_url(url), min_mass=min_mass)
+    return dict(weights=model_id(check_model(model, revision, trust_remote_code)), min_mass=min_mass, dtype=dtype_name(dtype))
+
 def check_calibration(config:JudgeConfig, # What to calibrate
                      )->dict: # rubric, exam, attacks and the run's identity
     "Everything that can be refused before weights are loaded"
     check_layout(config.layout)
     rubric = Rubric.load(config.rubric); exam,attacks = load_labelled(exam_path(config), rubric),load_attacks()
-    weights = config.url or model_id(check_model(config.model, config.revision, config.trust_remote_code))
-    identity = dict(weights=weights, rubric=rubric.hash, exam=exam.hash, attacks=content_hash(attacks), judge_prompt=content_hash(judge_prompt()), **config.model_dump(include={'min_mass','threads','layout','arms','headroom_prompts','group_size','max_completion'}), dtype=dtype_name(config.dtype))
+    which = judge_identity(config.model, config.url, config.min_mass, config.dtype, config.revision, config.trust_remote_code)
+    identity = dict(which, rubric=rubric.hash, exam=exam.hash, attacks=content_hash(attacks), judge_prompt=content_hash(judge_prompt()), **config.model_dump(include={'threads','layout','arms','headroom_prompts','group_size','max_completion'}))
     return dict(rubric=rubric, exam=exam, attacks=attacks, identity=identity)
 
 # %% ../nbs/api/03b_exam.ipynb #bb3b6a94
@@ -340,11 +352,12 @@ def calibrate(config:JudgeConfig, # What to calibrate
     layouts = LAYOUTS if config.layout=='auto' else (config.layout,)
     with run.lock():
         policy = None if config.url else load_policy(config.model, config.dtype, config.revision, config.trust_remote_code)
+        for l in layouts*bool(policy): check_packing(policy, rubric, layout=l)
         made = []
         rows,layout = examine(judge_maker(config, policy, made), exam, rubric, attacks, layouts, tqdm); clear_progress()
         run.write_json('env.json', environment()); write_parquet(run/'scores.parquet', rows)
         result = dict(verdict(rows, rubric, layout, run.model_slug), agreement_all_min=float(agreement(plain_rows(rows, layout, ('choose','report'))).accuracy.fillna(0).min()), rubric=rubric.hash, exam=exam.hash, answers=len(exam))
-        if made: result['usage'] = {k: sum(j.usage[k] or 0 for j in made) for k in made[0].usage}
+        if made: result['usage'] = add_up([j.usage for j in made])
         if config.arms and not config.url: _headroom(config, policy, run, result)
         run.write_json('calibration.json', result)
         return run.finish(result)
@@ -353,9 +366,10 @@ def calibrate(config:JudgeConfig, # What to calibrate
 def calibration_for(root, # Folder of all runs
                     model:str, # Model, any form
                     rubric:Rubric, # What it is to judge by
+                    **which, # From `judge_identity`; without it any judge of that name is meant
                    )->dict|None: # calibration.json of the newest calibration of this model with this rubric
     "What is known of a judge"
-    want = dict(rubric=rubric.hash, judge_prompt=content_hash(judge_prompt()))
+    want = dict(which, rubric=rubric.hash, judge_prompt=content_hash(judge_prompt()))
     runs = [r for r in find_runs(root, model, 'judge') if all(r.identity.get(k)==v for k,v in want.items())]
     return runs[-1].read_json('calibration.json') if runs else None
 
