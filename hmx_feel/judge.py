@@ -113,13 +113,19 @@ class Pieces:
         return pre + (ids[:limit] if cut else ids) + post, cut
 
 # %% ../nbs/api/03_judge.ipynb #a05f731a
+def _single(tokenizer, n:int)->str:
+    "The first even scale of n points that a tokenizer writes with single tokens, in words"
+    one = {k for k in range(100) if len(tokenizer(str(k), add_special_tokens=False)['input_ids'])==1}
+    found = next(((a,s) for s in range(1, 100//n+1) for a in (1, 0, *range(2, 100-s*(n-1))) if all(a+s*i in one for i in range(n))), None)
+    return f", such as {found[0]} to {found[0]+found[1]*(n-1)}" + f" in steps of {found[1]}"*(found[1]>1) if found else ''
+
 def label_ids(tokenizer, scale:list[int])->list[list[int]]: # Token ids of each point of the scale
     "The tokens that each score is written with"
     ids = [tokenizer(str(s), add_special_tokens=False)['input_ids'] for s in scale]
     lost = [s for s,i in zip(scale, ids, strict=True) if not i or tokenizer.unk_token_id in i]
     if lost: raise UserError(f"rubric: scale: this tokenizer has no tokens for the scores {lost}, allowed: numbers that it can write, such as 1 to 5")
     split = [s for s,i in zip(scale, ids, strict=True) if len(i) != 1]
-    if split: logging.getLogger('hmx_feel').warning("rubric: scale: this tokenizer writes the scores %s with several tokens; a scale of single tokens, such as 1 to 5, is judged faster", split)
+    if split: logging.getLogger('hmx_feel').warning("rubric: scale: this tokenizer writes the scores %s with several tokens; a scale of single tokens%s is judged faster", split, _single(tokenizer, len(scale)))
     return ids
 
 # %% ../nbs/api/03_judge.ipynb #eae93573

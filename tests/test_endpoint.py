@@ -119,7 +119,7 @@ def query(text): return text.rsplit("Score ", 1)[1].rstrip(":")
 def test_scores_from_log_probabilities(serve):
     by = {FIRST: TORN, SECOND: {"2": .3, "3": .3, "So": .2}, THIRD: {"5": .4, "Well": .6}}
     server = serve(lambda n, text: told(by[query(text)]))
-    j = judge(server, price_in=.5, price_out=2)
+    j = judge(server, price="0.5,2")
     s = j.score([PROMPT] * 2, ["One.", "Two."])
     assert s.ids == RUBRIC.ids and s.value.shape == s.mass.shape == s.spread.shape == s.label.shape == (2, 3)
     for row in range(2):
