@@ -211,8 +211,13 @@ def test_people(tmp_path, rubric):
     assert "arm" not in sheet and "forward" not in sheet.to_csv() and len(sheet) == 22 and sheet.answer.tolist() != answers.answer.tolist()
     assert answers.answer[key.row].tolist() == sheet.answer.tolist() == key.answer.tolist()
     for who in ("ann", "ben"): sheet.assign(**{c: (key.row % 5 + 1).astype(str) for c in rubric.paid_ids}).to_csv(tmp_path / f"{who}.csv", index=False)
-    ratings = read_ratings([tmp_path / "ann.csv", tmp_path / "ben.csv"], rubric)
-    assert (exam.alpha(ratings) == 1).all() and len(ratings) == 2 * 22 * 9
+    ratings = read_ratings([tmp_path / "ann.csv", tmp_path / "ben.csv"], rubric, tmp_path / "key.csv")
+    assert (exam.alpha(ratings) == 1).all() and len(ratings) == 2 * 22 * 9 and ratings.again.sum() == 2 * 2 * 9
+    judge = pd.DataFrame([dict(item=i, criterion=c, value=(i % 5) / 4 / 2) for i in range(20) for c in rubric.paid_ids])
+    table = exam.against_people(ratings, judge, rubric)
+    assert (table.spearman > .99).all() and (table.same == 1).all() and (table.answers == 20).all() and table["shift"].to_list() == pytest.approx([-.25] * 9)
+    fickle = ratings.assign(rating=ratings.rating.where(~ratings.again, 6 - ratings.rating))
+    assert (exam.alpha(fickle) == 1).all() and (exam.against_people(fickle, judge, rubric).same < 1).all(), "a second rating is no second answer"
     sheet.assign(**{c: "7" for c in rubric.paid_ids}).to_csv(tmp_path / "eve.csv", index=False)
     with pytest.raises(UserError, match="eve.csv: r0000: found '7'"): read_ratings([tmp_path / "eve.csv"], rubric)
 
@@ -220,7 +225,7 @@ def test_people(tmp_path, rubric):
 def test_alpha_against_a_published_example():
     "Krippendorff 2011, 'Computing Krippendorff's Alpha-Reliability', section C with missing data: ordinal alpha 0.815"
     table = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3", "C": ". 3 3 3 2 3 4 2 2 5 1 .", "D": "1 2 3 3 2 4 4 1 2 5 1 ."}
-    rows = [dict(reader=r, id=f"u{i:02d}", criterion="x", rating=int(v)) for r, line in table.items() for i, v in enumerate(line.split()) if v != "."]
+    rows = [dict(reader=r, row=i, again=False, criterion="x", rating=int(v)) for r, line in table.items() for i, v in enumerate(line.split()) if v != "."]
     assert exam.alpha(pd.DataFrame(rows))["x"] == pytest.approx(.815, abs=5e-4)
 
 
