@@ -199,6 +199,12 @@ def test_nothing_to_score(serve):
     assert s.value.shape == (0, 3)
 
 
+def test_what_is_too_long_is_cut_and_counted(serve):
+    server = serve(lambda n, text: told(TORN))
+    scores = judge(server, longest=20).score([PROMPT] * 2, ["Short.", "x" * 21])
+    assert scores.cut.tolist() == [False, True] and "x" * 20 in server.text(5) and "x" * 21 not in server.text(5)
+
+
 def test_global_random_state_is_left_alone(serve):
     before = random.getstate(), np.random.get_state()[1].copy()
     judge(serve(lambda n, text: (503, b"", {}) if n % 2 == 0 else told(TORN)), workers=1).score([PROMPT], ["One."])

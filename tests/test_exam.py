@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 
 from hmx_feel import exam
-from hmx_feel.exam import (Exam, agreement, at_chance, attacked, by_attack, calibration_for, choose_layout, cross_judge, examine, load_attacks,
+from hmx_feel.exam import (Exam, agreement, at_chance, attacked, by_attack, calibration_for, choose_layout, cross_judge, examine, judge_identity, load_attacks,
                            load_labelled, look, noise_floor, plain_rows, rating_sheet, read_ratings, sensitivity, verdict)
 from hmx_feel.judge import Judge, Scores, read_scores
 from hmx_feel.policy import load_policy
-from hmx_feel.rubric import Rubric
-from hmx_feel.runs import JudgeConfig, UserError, data_path
+from hmx_feel.rubric import Rubric, load_prompts
+from hmx_feel.runs import JudgeConfig, Run, UserError, data_path, read_parquet, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,16 @@ def test_absent_evidence_is_no_pass(found, rubric):
     assert v["reasons"] == ["under attack it gives no score to 100% of the answers on one criterion", "untested: " + ", ".join([*rubric.paid_ids[:4], "attacks", "opposite questions"])]
 
 
+def test_opposite_shifts_do_not_cancel(found, rubric):
+    "One sort of attack moves half of the criteria up and half down, the others none: the mean is small and the judge unfit"
+    rows, layout = found["good"]
+    hit = rows.set.eq("attack") & rows.type.eq("fake_reply") & rows.fenced
+    up = rows.criterion.isin(rubric.paid_ids[::2])
+    moved = rows.assign(value=rows.value.where(~hit, np.where(up, rows.value + .3, rows.value - .3)))
+    v = verdict(moved, rubric, layout)
+    assert abs(v["found"]["injection"]) < .01 and v["reasons"] == ["one sort of attack (fake_reply) moves scores by 0.30"]
+
+
 def test_length_and_lot_are_at_chance_everywhere(found, rubric):
     for name in ("lot", "length"):
         rows, layout = found[name]
@@ -167,9 +177,10 @@ def test_tiny_is_fit_on_its_own_exam(rubric):
     make = lambda R, parts, layout, fenced: Judge(policy, R, layout=layout, parts=parts, fenced=fenced)
     rows, layout = examine(make, part, rubric, load_attacks()[::5])
     v = verdict(rows, rubric, layout, "tiny")
-    assert v["at_chance"] == [] and v["agreement_min"] > .85 and v["found"]["r_inverted"] < -.5, v["sentence"]
+    assert v["fit"] and v["at_chance"] == [] and v["agreement_min"] > .85 and v["found"]["r_inverted"] < -.5, v["sentence"]
     moved = sensitivity(rows, layout).set_index("criterion").loc[rubric.paid_ids]
     assert moved.wording.max() < .1 and moved.length.abs().mean() < .05
+    assert abs(moved.injection.mean()) < .05 and abs(moved.injection.mean()) <= abs(moved.injection_unfenced.mean())
 
 
 @pytest.mark.parametrize("line,words", [
@@ -197,10 +208,46 @@ def test_calibration_is_kept_and_found_again(tmp_path, rubric):
     config = JudgeConfig(answers=str(tmp_path / "few.jsonl"), runs=str(tmp_path / "runs"), arms="forward,vicarious", headroom_prompts=2, group_size=4, max_completion=24)
     run = exam.calibrate(config)
     assert run.finished and {"scores.parquet", "headroom.parquet", "calibration.json"} <= {p.name for p in run.path.iterdir()}
-    known = calibration_for(tmp_path / "runs", "tiny", rubric)
+    known = calibration_for(tmp_path / "runs", "tiny", rubric, **judge_identity("tiny"))
+    assert calibration_for(tmp_path / "runs", "tiny", rubric, **judge_identity("tiny", "http://localhost:1/v1")) is None
+    assert [r["criterion"] for r in known["criteria"]][:2] and {"injection", "spearman"} <= set(known["criteria"][0]) and {"fenced", "moved"} <= set(known["attacks"][0]) and known["types"]
+    room = read_parquet(run / "headroom.parquet")
+    assert dict(zip(room.criterion, room.floor, strict=True)) == pytest.approx({c: known["noise_floors"][c] for c in room.criterion})
+    assert (run / "people" / "sheet.csv").is_file()
     assert known["sentence"].startswith("tiny is") and known["layout"] in ("rubric_first", "criterion_last") and known["noise_floor"] >= 0
     assert calibration_for(tmp_path / "runs", "tiny", Rubric.load("hmx-vicarious")) is None
     with pytest.raises(UserError, match="is finished"): exam.calibrate(config)
+
+
+def test_the_live_judge_sits_the_exam(tmp_path, rubric, monkeypatch):
+    "Beside the base judge, and both before the run's answers; a folder that is no trained run is refused before anything loads"
+    import torch
+    from peft import LoraConfig, get_peft_model
+    rows = [json.loads(line) for line in data_path("tiny", "labelled").read_text().splitlines()[:8]]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    few = load_attacks()[::30]
+    monkeypatch.setattr(exam, "load_attacks", lambda: few)
+    run = Run.create(tmp_path, "tiny", "forward", 0, {})
+    run.update_json("config.json", dict(resolved=dict(prompts="hmx-feel", revision="")))
+    policy = load_policy("tiny", "float32")
+    net = get_peft_model(policy.model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if "lora_B" in n: p.add_(.05)
+    net.save_pretrained(str(run / "adapter"))
+    prompts = load_prompts("hmx-feel", split="probe")[:2]
+    write_parquet(run / "completions" / "000001.parquet", pd.DataFrame(dict(prompt_id=[p.id for p in prompts], completion=["A short reply.", "I am a program and have no feelings."])))
+    write_parquet(run / "drift" / "000001.parquet", pd.DataFrame(dict(prompt_id=[prompts[0].id] * 2, source=["fresh", "fixed"], answer=["It is closer to relief than to joy in me.", "Fixed."])))
+    config = JudgeConfig(answers=str(tmp_path / "few.jsonl"), runs=str(tmp_path), run=str(run.path))
+    with pytest.raises(UserError, match="not a finished training run"): exam.check_calibration(config)
+    run.finish({})
+    base = dict(layout="rubric_first", found={}, agreement_mean=1., agreement_min=1., noise_floor=0.)
+    live, said, own = exam.examine_run(config, base)
+    assert own == ["base", "live"] and said.item.nunique() == 3 and set(said.judge) == {"base", "live"}
+    wide = said.pivot(index=["item", "criterion"], columns="judge", values="value")
+    assert (wide.base != wide.live).any() and live["sentence"].startswith("tiny after forward is")
+    assert {p.name for p in (run / "exam").iterdir()} == {"scores.parquet", "judges.parquet", "calibration.json"}
+    assert exam.side_by_side(base, live).live.notna().all() and calibration_for(tmp_path, "tiny", rubric) is None
 
 
 def test_people(tmp_path, rubric):
