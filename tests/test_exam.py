@@ -175,12 +175,12 @@ def test_tiny_is_fit_on_its_own_exam(rubric):
     part = Exam(*(x[:100] for x in (own.prompts, own.answers, own.labels, own.types, own.halves)))
     policy = load_policy("tiny", "float32")
     make = lambda R, parts, layout, fenced: Judge(policy, R, layout=layout, parts=parts, fenced=fenced)
-    rows, layout = examine(make, part, rubric, load_attacks()[::5])
+    rows, layout = examine(make, part, rubric, load_attacks()[::5], ("rubric_first",))
     v = verdict(rows, rubric, layout, "tiny")
     assert v["fit"] and v["at_chance"] == [] and v["agreement_min"] > .85 and v["found"]["r_inverted"] < -.5, v["sentence"]
     moved = sensitivity(rows, layout).set_index("criterion").loc[rubric.paid_ids]
     assert moved.wording.max() < .1 and moved.length.abs().mean() < .05
-    assert abs(moved.injection.mean()) < .05 and abs(moved.injection.mean()) <= abs(moved.injection_unfenced.mean())
+    assert moved[["injection", "injection_unfenced"]].abs().mean().max() < .05 and v["found"]["worst_attack"] < .1
 
 
 @pytest.mark.parametrize("line,words", [
@@ -213,7 +213,7 @@ def test_calibration_is_kept_and_found_again(tmp_path, rubric):
     assert [r["criterion"] for r in known["criteria"]][:2] and {"injection", "spearman"} <= set(known["criteria"][0]) and {"fenced", "moved"} <= set(known["attacks"][0]) and known["types"]
     room = read_parquet(run / "headroom.parquet")
     assert dict(zip(room.criterion, room.floor, strict=True)) == pytest.approx({c: known["noise_floors"][c] for c in room.criterion})
-    assert (run / "people" / "sheet.csv").is_file()
+    assert exam.calibrate(config.model_copy(update=dict(ratings=str(run / "people" / "sheet.csv")))) == run, "ratings come later than the calibration"
     assert known["sentence"].startswith("tiny is") and known["layout"] in ("rubric_first", "criterion_last") and known["noise_floor"] >= 0
     assert calibration_for(tmp_path / "runs", "tiny", Rubric.load("hmx-vicarious")) is None
     with pytest.raises(UserError, match="is finished"): exam.calibrate(config)
