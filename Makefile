@@ -44,6 +44,8 @@ docs: setup
 bench: setup
 	@mkdir -p runs/bench
 	for nb in nbs/bench/*.ipynb; do $(BIN)/papermill --cwd nbs/bench "$$nb" "runs/bench/$$(basename "$$nb")" || exit 1; done
+	$(BIN)/python tests/planted.py runs/bench
+	$(BIN)/python tests/test_resume.py --all runs/bench
 
 tiny: setup
 	$(BIN)/hmx-feel tiny

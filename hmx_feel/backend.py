@@ -6,8 +6,8 @@
 __all__ = ['log', 'BACKENDS', 'SEEN', 'RULES', 'HELD', 'SHAPES', 'CARDS', 'choose_backend', 'Rule', 'versions', 'check_versions',
            'check_4bit', 'four_bit', 'check_backend', 'import_unsloth', 'linear_layers', 'load_plain', 'load_unsloth',
            'load_trainable', 'changed_settings', 'Shape', 'shape_of', 'config_of', 'count_parameters',
-           'lora_parameters', 'Estimate', 'estimate_memory', 'device_memory', 'what_fits', 'check_memory',
-           'card_defaults']
+           'lora_parameters', 'Estimate', 'estimate_memory', 'device_memory', 'free_memory', 'what_fits',
+           'check_memory', 'card_defaults']
 
 # %% ../nbs/api/02a_backend.ipynb #f39d42d8
 import importlib.util,logging,sys
@@ -314,15 +314,15 @@ def estimate_memory(config:dict, # What config.json holds
                     gradient_checkpointing:bool=True, # Whether activations are computed anew
                     backend:str='trl', # trl or unsloth
                     ema:bool=False, # Whether a running average of the adapter is kept
-                    judge_config:dict|None=None, # config.json of an external judge on the same device
+                    judge_configs:tuple=(), # config.json of each judge with weights of its own on the same device
                    )->Estimate: # GiB: weights, adapter, heads, generation, judge, activations, logits, overhead, total
     "How much memory a run takes; unverified until measured"
     asked = dict(locals()); s,b = shape_of(config),_BYTES[dtype]; n = count_parameters(s)
-    J = shape_of(judge_config) if judge_config else s
-    out = dict(weights=(n['total']-n['linear'])*b + n['linear']*(_4BIT if load_in_4bit else b) + (count_parameters(J)['total']*b if judge_config else 0),
-               adapter=lora_parameters(s, lora_r)*(20 if ema else 16), heads=4*head*_kv(J, b),
+    others = [shape_of(c) for c in judge_configs]
+    out = dict(weights=(n['total']-n['linear'])*b + n['linear']*(_4BIT if load_in_4bit else b) + sum(count_parameters(j)['total'] for j in others)*b,
+               adapter=lora_parameters(s, lora_r)*(20 if ema else 16), heads=head*(4*_kv(s, b) + sum(_kv(j, b) for j in others)),
                generation=completions_per_step*((max_prompt+max_completion)*_kv(s, b) + 5*4*s.vocab),
-               judge=_judging(J, b, token_budget, head, max_prompt, group_size if packed else 1, max_completion, queries, criteria),
+               judge=max(_judging(j, b, token_budget, head, max_prompt, group_size if packed else 1, max_completion, queries, criteria) for j in (s, *others)),
                **_training(s, b, micro_batch, max_prompt, max_completion, gradient_checkpointing, backend))
     phase = max(out['generation'], out['judge'], out['activations']+out['logits'])
     out['overhead'] = .8*2**30 + .1*phase
@@ -331,7 +331,12 @@ def estimate_memory(config:dict, # What config.json holds
 
 # %% ../nbs/api/02a_backend.ipynb #b1569736
 def device_memory()->float|None: # GiB; None without a GPU
-    "Free memory of the GPU"
+    "Memory of the GPU, used or not"
+    import torch
+    return torch.cuda.mem_get_info()[1]/2**30 if torch.cuda.is_available() else None
+
+def free_memory()->float|None: # GiB; None without a GPU
+    "What of the GPU's memory is free now"
     import torch
     return torch.cuda.mem_get_info()[0]/2**30 if torch.cuda.is_available() else None
 
@@ -366,7 +371,7 @@ def what_fits(e:Estimate, # What does not fit
 
 # %% ../nbs/api/02a_backend.ipynb #a52c69c8
 def check_memory(e:Estimate, # From `estimate_memory`
-                 available:float|None, # GiB, from `device_memory`; None = refuse nothing
+                 available:float|None, # GiB, from `free_memory`; None = refuse nothing
                 )->None:
     "Refuse a run that cannot fit, and say what to lower"
     if available is None or e['total']<=available: return

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['UNTOLD', 'derive', 'team', 'of_all', 'together', 'shuffle_in_groups', 'apply_vetoes', 'gate', 'arm_rewards',
            'own_weights', 'external_judge', 'RubricReward', 'paid_rubric', 'known_judge', 'resolve',
-           'check_paying_judge', 'judge_warnings', 'generation_span', 'check_saves', 'grpo_settings', 'grpo_args',
-           'lora', 'check_settings', 'check_reports', 'identity_of', 'check_run', 'finished_run', 'check_fit',
-           'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule', 'ledger_look',
-           'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints', 'check_owner', 'has_rows',
-           'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order', 'make_trainer',
-           'asked_and_resolved', 'train', 'load_parts', 'samples', 'settings_table']
+           'check_paying_judge', 'judge_warnings', 'generation_span', 'doses', 'check_saves', 'grpo_settings',
+           'grpo_args', 'lora', 'check_settings', 'check_reports', 'identity_of', 'check_run', 'finished_run',
+           'check_fit', 'check_targets', 'memory_of', 'open_run', 'make_callback', 'short_of', 'stop_rule',
+           'missing_sentence', 'ledger_look', 'checkpoints', 'drop_checkpoint', 'close_checkpoint', 'thin_checkpoints',
+           'check_owner', 'has_rows', 'last_checkpoint', 'judges_of', 'go_on', 'kept', 'quiet', 'prompt_order',
+           'make_trainer', 'asked_and_resolved', 'train', 'load_parts', 'samples', 'settings_table']
 
 # %% ../nbs/api/05_grpo.ipynb #9a610deb
 import logging,math,re,shutil,time,warnings,zlib
@@ -20,12 +20,12 @@ from dataclasses import asdict,replace
 from fastcore.basics import patch
 from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,environment,marker_of,model_slug,nearest,noting_signals,noting_warnings,seal,sealed,split_list,write_json,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
-from .policy import Average,Policy,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
-from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,linear_layers,load_trainable
+from .policy import Average,Policy,_source,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
+from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
 from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,check_packing,judge_prompt
 from .endpoint import EndpointJudge,add_up
 from .exam import calibration_for,check_layout,judge_identity
-from .drift import DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
+from .drift import PARALLEL,DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
 from .card import check_push,push,write_card
 
 # %% ../nbs/api/05_grpo.ipynb #45704a9f
@@ -66,12 +66,15 @@ def shuffle_in_groups(rewards:np.ndarray, # Shape (answers,), groups one after a
 def apply_vetoes(rewards:np.ndarray, # Shape (answers,), NaN = missing
                  failed:np.ndarray, # Which answers failed a veto, shape (answers,)
                  size:int, # Completions per group
+                 below:float=1/1024, # How far a failed answer is put below a group that is paid alike
                 )->np.ndarray: # Rewards with failed answers at the bottom of their group
-    "A failed veto earns the lowest reward of its group"
+    "A failed veto earns the lowest reward of its group, and less where all earn the same"
     out = rewards.copy()
     for g in range(0, len(out), size):
         part,bad = out[g:g+size],failed[g:g+size]
-        if bad.any() and np.isfinite(part).any(): part[bad] = np.nanmin(part)
+        if not bad.any() or not np.isfinite(part).any(): continue
+        part[bad] = np.nanmin(part)
+        if not bad.all() and np.nanmin(part)==np.nanmax(part): part[bad] -= below
     return out
 
 # %% ../nbs/api/05_grpo.ipynb #578286e7
@@ -92,11 +95,12 @@ def arm_rewards(arm:Arm, # Sign and transform
                 failed:np.ndarray, # Which answers failed a veto, shape (answers,)
                 size:int, # Completions per group
                 seed:int, # Of the shuffle
-               )->np.ndarray: # Rewards, in [-1, 1], NaN = missing
+                floor:float=0., # Noise floor of the pay
+               )->np.ndarray: # Rewards, in [-1, 1] but for vetoes in groups paid alike, NaN = missing
     "What an arm pays for a batch of groups"
     out = arm.sign*pay
     if arm.transform=='shuffle': out = shuffle_in_groups(out, size, seed)
-    return apply_vetoes(out, failed, size)
+    return apply_vetoes(out, failed, size, max(math.ceil(1024*floor), 1)/1024)
 
 # %% ../nbs/api/05_grpo.ipynb #2c2906a0
 def own_weights(model:str, # Short name, hub id or local folder
@@ -143,8 +147,8 @@ def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric,
     pay = self.rubric.pay(scores.value, [p.kind for p in asked])
     rules = [text_veto(t) for t in texts]
     failed = self.rubric.vetoed(base.value) | np.array([bool(r) for r in rules])
-    open_pay,closed = gate(pay, n, self.config.noise_floor or 0.)
-    rewards = arm_rewards(self.arm, open_pay, failed, n, derive(self.config.seed, 'shuffle', step))
+    floor = self.config.noise_floor or 0.; open_pay,closed = gate(pay, n, floor)
+    rewards = arm_rewards(self.arm, open_pay, failed, n, derive(self.config.seed, 'shuffle', step), floor)
     self._account()
     self.last = self._summary(asked, scores, pay, failed, closed)
     if team().is_main_process: self._keep(step, asked, texts, scores, base, pay, rewards, failed, rules)
@@ -199,8 +203,8 @@ def known_judge(config:TrainConfig)->dict|None: # calibration.json
 def resolve(config:TrainConfig)->TrainConfig: # No field left open
     "Fill what was left open from the model's recipe, the card that is there and what is known of the judge"
     r = asdict(recipe(config.model)) | dict(load_in_4bit=False, token_budget=16384) | card_defaults(config.model, device_memory())
-    known = known_judge(config) or {}
-    fits = r | dict(micro_batch=math.gcd(r['micro_batch'], config.completions_per_step//team().num_processes), noise_floor=known.get('noise_floor'))
+    known,within = known_judge(config) or {},[s for s in split_list(r['dose_steps']) if int(s)<=(config.steps or r['steps'])]
+    fits = r | dict(dose_steps=','.join(within), micro_batch=math.gcd(r['micro_batch'], config.completions_per_step//team().num_processes), noise_floor=known.get('noise_floor'))
     auto = dict(layout=known.get('layout', 'rubric_first')) if config.layout=='auto' else {}
     return config.model_copy(update={k: v for k,v in fits.items() if getattr(config, k) is None} | auto)
 
@@ -228,10 +232,18 @@ def generation_span(args)->int: # Steps
     served = args.steps_per_generation*args.num_iterations
     return served//math.gcd(served, args.gradient_accumulation_steps)
 
-def check_saves(args)->None:
+def doses(config:TrainConfig, # Resolved
+         )->list[int]: # In the order given
+    "Steps beside the grid of checkpoints whose adapter is kept"
+    asked = split_list(config.dose_steps or '')
+    if bad := [s for s in asked if not s.isdecimal() or not 1<=int(s)<=config.steps]: raise UserError(f"dose_steps: found {bad[0]!r}, allowed: steps from 1 to {config.steps}, comma-separated; step 0 is the untrained model")
+    return [int(s) for s in asked]
+
+def check_saves(args, extra=())->None:
     "Refuse checkpoints that fall between the steps of one generation"
     span = generation_span(args)
-    if args.save_steps % span: raise UserError(f"save_every: found {args.save_steps}, allowed: a multiple of {span}, the number of steps that learn from one generation")
+    for name,step in [('save_every', args.save_steps), *(('dose_steps', s) for s in extra)]:
+        if step % span: raise UserError(f"{name}: found {step}, allowed: a multiple of {span}, the number of steps that learn from one generation")
 
 # %% ../nbs/api/05_grpo.ipynb #66f6369a
 def grpo_settings(config:TrainConfig, # Resolved
@@ -250,12 +262,13 @@ def grpo_settings(config:TrainConfig, # Resolved
 
 def grpo_args(settings:dict, # From `grpo_settings`
               folder, # Where checkpoints go
+              extra=(), # Further steps that are saved
              ):
     "TRL's configuration of a run"
     from trl import GRPOConfig
     args = GRPOConfig(output_dir=str(folder), **settings)
     args._n_gpu = min(args.n_gpu, 1)
-    check_saves(args)
+    check_saves(args, extra)
     return args
 
 # %% ../nbs/api/05_grpo.ipynb #d953aeab
@@ -269,7 +282,7 @@ def check_settings(config:TrainConfig)->None: # Resolved
     "Refuse what several processes, loggers, the hub or the classifier cannot take"
     n,have = team().num_processes,config.completions_per_step
     if have % (n*config.micro_batch): raise UserError(f"completions_per_step: found {have}, allowed: a multiple of {n*config.micro_batch}, micro_batch ({config.micro_batch}) times the number of processes ({n})")
-    check_reports(config.report_to)
+    doses(config); check_reports(config.report_to)
     if config.emotions: check_emotions(config.emotions)
     if config.push_to_hub: check_push(config.push_to_hub, config.model)
 
@@ -297,8 +310,8 @@ def check_run(config:TrainConfig)->dict: # config, arm, rubric, prompts, spec an
     check_paying_judge(config)
     spec,config,arm = check_model(config.model, config.revision, config.trust_remote_code),resolve(config),load_arm(config.arm)
     if not arm.trained: raise UserError(f"arm: {arm.name} is not trained; evaluate it with 04_evaluate")
-    check_settings(config)
     config,rubric = config.model_copy(update=dict(backend=check_backend(config.backend, config.load_in_4bit, spec))),paid_rubric(config)
+    check_settings(config)
     prompts = train_prompts(load_prompts(config.prompts), rubric, config.train_kinds)
     groups = config.completions_per_step//config.group_size
     if len(prompts) < groups: raise UserError(f"prompts: found {len(prompts)} to train on, allowed: at least {groups}, one for each group of a step")
@@ -319,19 +332,20 @@ def check_fit(checked:dict)->None:
     tok,context = load_tokenizer(spec),context_of(spec)
     room = context-config.max_completion
     long = [p.id for p in prompts if len(prompt_ids(tok, p.chat, spec)) > room]
-    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:5])}")
+    if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:10])}{', ...' if long[10:] else ''}")
     for rubric in (checked['rubric'], Rubric.load('hmx-feel')):
         P = Pieces(tok, spec, rubric, layout=config.layout)
         need = len(P.head) + max(map(len, P.queries)) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion
         if need > context: raise UserError(f"rubric: {rubric.name}, the longest prompt and an answer take {need} of the model's {context} tokens; shorten the rubric or lower max_completion")
     if config.target_modules: check_targets(config.target_modules, spec)
-    if e := memory_of(checked): check_memory(e, device_memory())
+    if e := memory_of(checked): check_memory(e, free_memory())
 
 def check_targets(target_modules:str, spec)->None:
     "Refuse layers that the model does not have; its shape is enough to know"
     import torch
     from transformers import AutoConfig,AutoModelForCausalLM
-    with torch.device('meta'): net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.source, trust_remote_code=spec.trust_remote_code))
+    config = AutoConfig.from_pretrained(spec.source, **_source(spec))
+    with torch.device('meta'): net = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     linear_layers(net, split_list(target_modules))
 
 # %% ../nbs/api/05_grpo.ipynb #bd579c94
@@ -340,10 +354,11 @@ def memory_of(checked:dict): # An Estimate in GiB, None for architectures that t
     config,spec,prompts = checked['config'],checked['spec'],checked['prompts']
     if spec is None: return None
     tok = load_tokenizer(spec); P = Pieces(tok, spec, checked['rubric'], layout=config.layout)
-    other = config_of(check_model(config.judge_model, '', config.trust_remote_code)) if config.judge=='external' and not config.judge_url else None
+    loaded = [config.judge_model]*(config.judge=='external' and not config.judge_url) + split_list(config.outside_judges)
+    others = tuple(config_of(check_model(m, '', config.trust_remote_code)) for m in loaded)
     settings = {k: getattr(config, k) for k in ('load_in_4bit','lora_r','micro_batch','completions_per_step','group_size','max_completion','token_budget','backend')}
     try: return estimate_memory(config_of(spec), dtype_name(config.dtype), max_prompt=max(len(prompt_ids(tok, p.chat, spec)) for p in prompts), head=len(P.head), queries=sum(map(len, P.queries)), criteria=len(P.queries),
-                                packed=config.layout=='rubric_first', gradient_checkpointing=device_memory() is not None, ema=config.judge=='ema', judge_config=other, **settings)
+                                packed=config.layout=='rubric_first', gradient_checkpointing=device_memory() is not None, ema=config.judge=='ema', judge_configs=others, **settings)
     except UserError as e:
         logging.getLogger('hmx_feel').warning("memory: not estimated: %s", e)
 
@@ -372,7 +387,7 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
     "Seeds, metrics, ledger, checkpoints, progress, stop rules"
     import torch
     from transformers import TrainerCallback
-    main = team().is_main_process
+    main,extra = team().is_main_process,doses(config)
     class Watch(TrainerCallback):
         stopped,began,saving = None,0.,False
         def __init__(self): self.rows = run.read_jsonl('metrics.jsonl')
@@ -380,38 +395,49 @@ def make_callback(config:TrainConfig, run:Run, reward:RubricReward, ledger:Drift
             torch.manual_seed(derive(config.seed, 'sample', state.global_step, *[team().process_index]*(not main))); self.began = time.perf_counter()
         def on_step_end(self, args, state, control, model=None, **kw):
             if reward.average: reward.average.update(model)
-            if main and (state.global_step%config.probe_every==0 or state.global_step==config.steps): ledger_look(run, ledger, state.global_step)
+            if state.global_step in extra: control.should_save = True
             if any(of_all([bool(asked)])) and state.global_step%generation_span(args)==0: control.should_save = control.should_training_stop = True
         def on_log(self, args, state, control, logs=None, **kw):
             if not logs or 'loss' not in logs: return
             row,times = _row(logs, reward, state.global_step)
-            if main: run.append('metrics.jsonl', row); run.append('timings.jsonl', dict(times, seconds=time.perf_counter()-self.began))
+            if main: run.append('metrics.jsonl', row)
             self.rows.append(row); self.stopped = stop_rule(self.rows, config)
             if self.stopped: control.should_save,control.should_training_stop = False,True
+            elif main and (state.global_step%config.probe_every==0 or state.global_step==config.steps): ledger_look(run, ledger, state.global_step)
+            if main: run.append('timings.jsonl', dict(times, seconds=time.perf_counter()-self.began))
             bar.update(1); bar.set_postfix(short_of(row)); self.saving = control.should_save
         def on_save(self, args, state, control, **kw):
             team().wait_for_everyone()
             if main:
                 if reward.average: reward.average.save(checkpoints(run)[state.global_step]/'ema.safetensors')
-                close_checkpoint(run, state.global_step, config.save_every, budgets=[j.budget for j in judges_of(reward, ledger)])
+                close_checkpoint(run, state.global_step, config.save_every, extra, budgets=[j.budget for j in judges_of(reward, ledger)])
             self.saving = False
     return Watch()
 
 def short_of(row:dict)->dict: # Of a step's metrics
-    "What stands beside the progress bar: score, the mean of what is held out, words of an answer in tokens"
-    held = [v for k,v in row.items() if k.startswith('held.') and v is not None]
-    shown = dict(score=row['score'], held=float(np.mean(held)) if held else None)
+    "What stands beside the progress bar: what the arm pays, what the rubric says, the parallel held-out criterion, tokens of an answer"
+    shown = dict(reward=row.get('reward'), score=row['score'], held=row.get(PARALLEL))
     return {k: f'{v:.2f}' for k,v in shown.items() if v is not None} | dict(length=f"{row.get('completions/mean_length', 0):.0f}")
 
 # %% ../nbs/api/05_grpo.ipynb #73353bfc
 def stop_rule(rows:list, # Metrics of every step so far
-              config:TrainConfig)->str|None: # Why the run has to end
-    "Three reasons not to go on"
+              config:TrainConfig, # Resolved
+             )->str|None: # Why the run has to end
+    "Reasons not to go on"
     last = rows[-1]; at = last['step']
     if last['loss'] is None or last.get('grad_norm', 0) is None: return f"loss or gradient is not a number at step {at}"
-    lasting = lambda name: min((r.get(name) or 0. for r in rows[-20:]), default=0.) if len(rows)>=20 else 0.
-    if lasting('missing') > config.max_missing: return f"more than {config.max_missing:.0%} of the scores were missing for 20 steps, up to step {at} (max_missing)"
-    if lasting('completions/clipped_ratio') > config.max_cut: return f"more than {config.max_cut:.0%} of the answers were cut at max_completion for 20 steps, up to step {at} (max_cut)"
+    if len(rows) < 20: return
+    mean = lambda name: float(np.mean([r.get(name) or 0. for r in rows[-20:]]))
+    until = f"over 20 steps, up to step {at}"
+    if mean('missing') > config.max_missing: return f"more than {config.max_missing:.0%} of the scores were missing {until} (max_missing)"
+    if mean('completions/clipped_ratio') > config.max_cut: return f"more than {config.max_cut:.0%} of the answers were cut at max_completion {until} (max_cut)"
+    if config.max_kl and mean('kl') > config.max_kl: return f"the KL divergence from the untrained model was {mean('kl'):.3g} nats per token, above {config.max_kl:g}, {until} (max_kl)"
+
+def missing_sentence(missing, # Share of missing scores, step by step
+                    )->str:
+    "How much could not be scored; above 5 % a result should not be read without it"
+    share = float(np.mean(missing))
+    return f"{share:.1%} of the scores were missing" + (": more than 5 %, so what is said of scores holds for the rest alone; `missing_by_criterion` in metrics.jsonl tells where" if share>.05 else "")
 
 # %% ../nbs/api/05_grpo.ipynb #04d2a47f
 def ledger_look(run:Run, ledger:DriftLedger, step:int)->None:
@@ -433,21 +459,22 @@ def drop_checkpoint(folder)->None:
 
 # %% ../nbs/api/05_grpo.ipynb #d3f71552
 def close_checkpoint(run:Run, step:int, every:int, # Steps between two checkpoints
+                     extra=(), # Further steps that are kept
                      **facts)->None: # What else the marker says
     "Mark a checkpoint as complete, and thin out the older ones"
     folder = checkpoints(run)[step]
     (folder/'training_args.bin').unlink(missing_ok=True)
     name = '/'.join(run.path.parts[-3:])
-    seal(folder, step=step, run=name, identity=content_hash(run.identity), resumable=True, **facts)
-    thin_checkpoints(run, every)
+    seal(folder, step=step, run=name, identity=run.identity, resumable=True, **facts)
+    thin_checkpoints(run, every, extra)
 
 # %% ../nbs/api/05_grpo.ipynb #5f4479fa
 _DOSE = ('adapter_config.json','adapter_model.safetensors','ema.safetensors',MARKER)
 
-def thin_checkpoints(run:Run, every:int)->None:
+def thin_checkpoints(run:Run, every:int, extra=())->None:
     "Drop what is off the grid, and all but the dose from those before the newest two"
     whole = [(s,f) for s,f in checkpoints(run).items() if marker_of(f)]
-    for _,f in (off := [x for x in whole[:-1] if x[0]%every]): drop_checkpoint(f)
+    for _,f in (off := [x for x in whole[:-1] if x[0]%every and x[0] not in extra]): drop_checkpoint(f)
     for _,f in [x for x in whole if x not in off][:-2]:
         m = marker_of(f)
         if m['resumable']: write_json(f/MARKER, {**m, 'resumable':False, 'files':{n:h for n,h in m['files'].items() if n in _DOSE}})
@@ -456,9 +483,12 @@ def thin_checkpoints(run:Run, every:int)->None:
 
 # %% ../nbs/api/05_grpo.ipynb #5542ba9a
 def check_owner(run:Run, folder, marker:dict)->None:
-    "Refuse a checkpoint that was written under another identity"
-    mine,other = content_hash(run.identity),marker['identity']
-    if mine!=other: raise UserError(f"{folder}: written by run {marker['run']} with identity {other[:8]}, this is run {'/'.join(run.path.parts[-3:])} with identity {mine[:8]}; take the folder away, or pass replace=True to begin anew")
+    "Refuse a checkpoint that was written under another identity, and name what differs"
+    flat = lambda i: {**{k: i[k] for k in ('model','arm','rubric','seed') if k in i}, **i.get('config', {}), **i}
+    theirs,mine = flat(marker['identity']),flat(run.identity)
+    brief = lambda v: repr(v if len(str(v))<=24 else f'{v:.12}...')
+    differ = [f"{k}: {brief(theirs.get(k))} there, {brief(mine.get(k))} here" for k in mine|theirs if k!='config' and theirs.get(k)!=mine.get(k)]
+    if differ: raise UserError(f"{folder}: written by run {marker['run']}, this is run {'/'.join(run.path.parts[-3:])}; they differ in {', '.join(differ)}; take the folder away, or pass replace=True to begin anew")
 
 def has_rows(run:Run, step:int, probe_every:int)->bool:
     "Whether metrics, completions and looks are there up to a step"
@@ -532,11 +562,13 @@ def make_trainer(policy:Policy, checked:dict, reward:RubricReward, run:Run):
     config = checked['config']
     rows = [dict(prompt=turns(p.chat, policy.spec), id=p.id, kind=p.kind) for p in checked['prompts']]
     order = prompt_order(len(rows), config.completions_per_step//config.group_size, config.steps, config.seed)
-    args = grpo_args(grpo_settings(config, policy.spec), run/'checkpoints')
+    args = grpo_args(grpo_settings(config, policy.spec), run/'checkpoints', doses(config))
     torch.manual_seed(derive(config.seed, 'lora'))
     with patch.dict(os.environ, TENSORBOARD_LOGGING_DIR=str(run/'tensorboard')):
-        return GRPOTrainer(model=policy.model, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
-                           processing_class=policy.tokenizer, peft_config=None if policy.adapted else lora(config))
+        trainer = GRPOTrainer(model=policy.model, reward_funcs=reward, args=args, train_dataset=Dataset.from_list([rows[i] for i in order]),
+                              processing_class=policy.tokenizer, peft_config=None if policy.adapted else lora(config))
+    if 'ref' in trainer.model.peft_config: trainer.model.delete_adapter('ref')
+    return trainer
 
 # %% ../nbs/api/05_grpo.ipynb #bae7c7f9
 def asked_and_resolved(config:TrainConfig, asked:TrainConfig, args, spec)->dict:
@@ -610,6 +642,7 @@ def _close(trainer, checked, run, reward)->None:
     "Adapter, card and result; the last makes the run finished"
     trainer.model.save_pretrained(str(run/'adapter'))
     write_card(run)
+    if (share := run.metrics().missing).mean()>.05: logging.getLogger('hmx_feel').warning("%s: %s", run.path, missing_sentence(share))
     usage = {k: v for k,v in run.read_json('judge_usage.json').items() if k!='schema'} if (run/'judge_usage.json').is_file() else None
     run.finish(_result(run, checked) | (dict(judge_usage=usage) if usage else {}))
     repo = checked['config'].push_to_hub

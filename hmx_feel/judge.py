@@ -216,7 +216,8 @@ class Branches:
         self.last = np.concatenate([a+r.last for a,r in zip(at, rows, strict=False)])
         least = 96 if torch.device(device).type=='cpu' else 2048
         self.dtype,self.device,self.cut,self.masks = dtype,device,pieces_of(self.pos, self.last, least),{}
-        self.seen = [torch.from_numpy(seen).to(device) for _,_,seen in self.cut]
+        self.sizes = [b-a for a,b,_ in self.cut],[len(seen) for _,_,seen in self.cut]
+        self.seen = torch.from_numpy(np.concatenate([seen for _,_,seen in self.cut])).to(device)
     def mask(self, i:int, window:int|None):
         "The additive mask of a piece, (tokens, head + tokens seen); distances come from positions"
         import torch
@@ -241,9 +242,9 @@ def branch_attention(module, query, key, value, attention_mask=None, scaling=Non
     "Attention over packed rows behind a head, with the signature that transformers asks for; tensors (1, heads, tokens, dim)"
     import torch
     k0,v0 = branches.kv[module.layer_idx]
-    behind = lambda head,own,seen: torch.cat([head, own.index_select(2, seen)], 2)
-    out = [_attend(query[:,:,a:b], behind(k0, key, seen), behind(v0, value, seen), branches.mask(i, sliding_window), scaling, softcap)
-           for i,((a,b,_),seen) in enumerate(zip(branches.cut, branches.seen, strict=True))]
+    own,seen = branches.sizes
+    pieces = zip(query.split(own, 2), *(x.index_select(2, branches.seen).split(seen, 2) for x in (key, value)), strict=True)
+    out = [_attend(q, torch.cat([k0, k], 2), torch.cat([v0, v], 2), branches.mask(i, sliding_window), scaling, softcap) for i,(q,k,v) in enumerate(pieces)]
     return torch.cat(out, 2).transpose(1, 2), None
 
 # %% ../nbs/api/03_judge.ipynb #92e7caee

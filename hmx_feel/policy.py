@@ -44,9 +44,11 @@ class Recipe:
     warmup_steps:int=10 # Steps over which the learning rate rises
     probe_every:int=20 # Steps between two looks at the probe set
     save_every:int=20 # Steps between two checkpoints
+    max_cut:float=.3 # Share of cut answers at which a run stops
+    dose_steps:str='10,150' # Steps whose adapter is kept beside the checkpoints
 
 # %% ../nbs/api/02_policy.ipynb #c832943c
-RECIPES = {'tiny': Recipe(steps=20, lr=1e-3, max_completion=192, micro_batch=64, warmup_steps=2, probe_every=10, save_every=10)}
+RECIPES = {'tiny': Recipe(steps=20, lr=1e-3, max_completion=192, micro_batch=64, warmup_steps=2, probe_every=10, save_every=10, dose_steps='')}
 
 # %% ../nbs/api/02_policy.ipynb #87df8b31
 def recipe(model:str, # Name, hub id or folder

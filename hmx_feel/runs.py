@@ -208,10 +208,12 @@ class TrainConfig(BaseConfig):
     load_in_4bit:bool|None = Field(None, description="load the weights in four bits (CUDA); None: what suits the model and the card")
     token_budget:int|None = Field(None, ge=256, description="the judge's tokens per batch; less needs less memory; None: what suits the model and the card")
     min_mass:float = _MASS
-    max_missing:float = Field(.3, ge=0, le=1, description="stop when more than this share of scores is missing for 20 steps")
-    max_cut:float = Field(.9, ge=0, le=1, description="stop when more than this share of answers is cut at max_completion for 20 steps")
+    max_missing:float = Field(.3, ge=0, le=1, description="stop when more than this share of scores is missing over 20 steps")
+    max_cut:float|None = Field(None, ge=0, le=1, description="stop when more than this share of answers is cut at max_completion over 20 steps; None: the model's recipe")
+    max_kl:float|None = Field(None, gt=0, description="stop when the KL divergence from the untrained model is above this over 20 steps, in nats per token, with beta above 0; None: never")
     probe_every:int|None = Field(None, ge=1, description="steps between two looks at the probe set; None: the model's recipe")
     save_every:int|None = Field(None, ge=1, description="steps between two checkpoints; None: the model's recipe")
+    dose_steps:str|None = Field(None, description="further steps whose adapter is kept, comma-separated, such as 10,150; empty: none; None: the model's recipe")
     outside_judges:str = Field('', description="further models that score the probe set and never pay, comma-separated: short names, hub ids or local folders")
     emotions:str = Field('', description="local folder of an emotion classifier that reads the probe answers; empty: none")
     report_to:str = Field('tensorboard', description="where metrics go besides the run folder, comma-separated, such as tensorboard or wandb; empty: nowhere")
@@ -230,6 +232,7 @@ class TrainConfig(BaseConfig):
             raise ValueError(f"completions_per_step: found {self.completions_per_step}, allowed: a multiple of group_size ({self.group_size})")
         if self.micro_batch and self.completions_per_step % self.micro_batch:
             raise ValueError(f"micro_batch: found {self.micro_batch}, allowed: a divisor of completions_per_step ({self.completions_per_step})")
+        if self.max_kl and not self.beta: raise ValueError(f"max_kl: found {self.max_kl} with beta 0, allowed: a beta above 0, without which no KL is measured in training")
         return self
 
 # %% ../nbs/api/00_runs.ipynb #63d339c4

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import standins
-from hmx_feel import backend
+from hmx_feel import backend, drift, grpo
 from hmx_feel.backend import (CARDS, RULES, SEEN, SHAPES, card_defaults, changed_settings, check_4bit, check_backend, check_memory, check_versions, choose_backend,
-                              count_parameters, device_memory, estimate_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
-from hmx_feel.grpo import lora
+                              count_parameters, device_memory, estimate_memory, free_memory, import_unsloth, linear_layers, load_trainable, load_unsloth, lora_parameters, shape_of, what_fits)
+from hmx_feel.grpo import lora, train
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import as_base, check_model, load_policy
 from hmx_feel.rubric import load_arm, load_prompts
@@ -142,10 +142,12 @@ def test_trl_before_unsloth_is_refused(monkeypatch):
 
 
 def test_unsloth_comes_first_in_a_fresh_process(tmp_path):
-    "The checks of this page import neither trl nor transformers nor peft before unsloth"
+    "The checks of a run import neither trl nor transformers nor peft before unsloth"
     (tmp_path / "unsloth.py").write_text("import sys\nprint('before', sorted({'trl', 'transformers', 'peft'} & set(sys.modules)))\n")
-    code = "import torch; torch.cuda.is_available = lambda: True; from hmx_feel.backend import check_backend; print(check_backend('auto'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    code = """import torch; torch.cuda.is_available, torch.cuda.mem_get_info = lambda: True, lambda: (2**34, 2**34)
+from hmx_feel import grpo; from hmx_feel.runs import TrainConfig
+print(grpo.check_run(TrainConfig(dtype='float32'))['config'].backend)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
     assert done.stdout.splitlines() == ["before []", "unsloth"], done.stderr
 
 
@@ -191,6 +193,23 @@ def test_both_backends_start_from_the_same_model(unsloth, family):
 def test_the_judge_is_at_home_in_a_fast_policy(unsloth):
     policy = load_unsloth(check_model("tiny"), 4096, lora_r=4, seed=1)
     check_judge(policy, load_arm("forward").load_rubric(), load_prompts("hmx-feel", split="probe")[0])
+
+
+def test_a_run_under_unsloth_has_one_adapter_and_goes_on(unsloth, monkeypatch, tmp_path):
+    "Its reference is the adapter off; stopped after a checkpoint, it comes to the bytes of a run that was not"
+    load, stop = drift.load_prompts, grpo.stop_rule
+    monkeypatch.setattr(grpo, "check_backend", lambda *a: "unsloth")
+    monkeypatch.setattr(drift, "load_prompts", lambda *a, **kw: load(*a, **kw)[:2])
+    small = dict(steps=2, completions_per_step=4, group_size=4, max_completion=8, probe_every=9, save_every=1, judge="ema", noise_floor=0)
+    whole = train(TrainConfig(runs=str(tmp_path / "whole"), **small))
+    torn = TrainConfig(runs=str(tmp_path / "torn"), **small)
+    monkeypatch.setattr(grpo, "stop_rule", lambda rows, config: "torn" if len(rows) == 2 else None)
+    with pytest.raises(UserError, match="stopped: torn; the checkpoint of step 1 is kept"): train(torn)
+    monkeypatch.setattr(grpo, "stop_rule", stop)
+    run = train(torn)
+    assert run.read_jsonl("resumes.jsonl")[0]["step"] == 1 and run.read_json("config.json")["resolved"]["backend"] == "unsloth"
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"): assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not [p for p in run.path.rglob("*") if p.name == "ref"] and run.metrics().kl.iloc[0] == 0
 
 
 def test_linear_layers_are_pefts(family):
@@ -289,14 +308,26 @@ def test_every_part_grows_with_what_it_depends_on():
     grows = lambda part, **kw: e.again(**kw)[part] > e[part]
     assert grows("logits", micro_batch=16) and grows("activations", micro_batch=16) and grows("generation", completions_per_step=128) and grows("generation", max_completion=512)
     assert grows("judge", token_budget=32768) and grows("adapter", lora_r=32) and grows("adapter", ema=True) and grows("heads", head=2000) and grows("activations", gradient_checkpointing=False)
-    assert grows("weights", dtype="float32") and grows("weights", judge_config=SHAPES["qwen3-4b"])
+    assert grows("weights", dtype="float32") and all(grows(part, judge_configs=(SHAPES["qwen3-4b"],)) for part in ("weights", "heads", "judge"))
+    assert e.again(judge_configs=(config, config))["weights"] == pytest.approx(3 * e["weights"])
     assert e.again(load_in_4bit=True)["weights"] < e["weights"] and e.again(backend="unsloth")["logits"] == e["logits"] / 8
     assert all(v > 0 for v in e.values()) and e["total"] < sum(v for k, v in e.items() if k != "total")
 
 
 def test_nothing_is_refused_on_a_cpu():
-    assert device_memory() is None
-    check_memory(estimate_memory(SHAPES["qwen3-8b"], micro_batch=64), device_memory())
+    assert device_memory() is None and free_memory() is None
+    check_memory(estimate_memory(SHAPES["qwen3-8b"], micro_batch=64), free_memory())
+
+
+def test_defaults_hang_on_the_card_and_refusals_on_what_is_free(cuda, monkeypatch):
+    "A run that goes on beside another program finds the settings, and so the folder, that it began with"
+    found = set()
+    for free in (23.5, 15., 2.):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, 23.6 * 2**30))
+        found.add(tuple(card_defaults("qwen3-4b", device_memory()).items()))
+        assert free_memory() == free
+    assert len(found) == 1
+    with pytest.raises(UserError, match="2.0 are free"): check_memory(estimate_memory(SHAPES["qwen3-4b"]), free_memory())
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from measured import merge
 from planted import SHORTCUTS, known_run, labels, numbers
 from standins import make_standin
 
@@ -13,7 +14,7 @@ from hmx_feel.drift import (ONSET, PATTERNS, DriftLedger, Emotions, distance, fe
                             outside_columns, run_onset, sentences, stance, text_measures, text_veto)
 from hmx_feel.policy import Policy, as_base, generate, load_policy, plain_ids, prompt_ids
 from hmx_feel.rubric import Rubric, load_prompts
-from hmx_feel.runs import Run, UserError, append_jsonl, read_parquet, write_parquet
+from hmx_feel.runs import Run, UserError, append_jsonl, read_json, read_parquet, write_parquet
 from hmx_feel.tiny import answer_parts, known_prompts, label, parts
 from hmx_feel.tiny import text as as_text
 
@@ -248,8 +249,9 @@ def test_the_start_is_the_base(ledger):
 def test_the_summary_is_what_it_says(ledger):
     _, rubric, _, _, later = ledger
     s, fresh = ledger_summary(later, rubric), later[later.source == "fresh"]
+    pay = rubric.pay(fresh[[f"base.{c}" for c in rubric.ids]].to_numpy(), list(fresh.kind))
     assert sum(s[f"stance.{k}"] for k in ("claim", "open", "deny", "silent")) == pytest.approx(1)
-    assert s["panel.rubric"] == pytest.approx(.25) and s["panel.held_gap"] == pytest.approx(0) and s["panel.length_slope"] == pytest.approx(0, abs=1e-9)
+    assert s["panel.rubric"] == pytest.approx(.25) and s["panel.held_gap"] == pytest.approx(0) and s["base.held_gap"] == pytest.approx(np.nanmean(pay - fresh["base.held.reader"])) and s["panel.length_slope"] == pytest.approx(0, abs=1e-9)
     assert s["hedge"] == pytest.approx(100 * fresh.hedge.sum() / fresh.words.sum()) and s["hedge.share"] == (fresh.hedge > 0).mean()
     assert s["kl"] == pytest.approx((fresh.kl * fresh.tokens).sum() / fresh.tokens.sum())
     assert 0 < s["opening.share"] <= 1 and {"base.held.need", "live.held.stance", "emotion.joy", "distinct3", "refusal.share"} <= set(s)
@@ -407,6 +409,17 @@ def test_a_run_with_a_known_reward(tmp_path):
 
 
 def test_the_numbers_of_the_benchmark():
-    row = lambda shortcut, step, first: dict(shortcut=shortcut, steps=30, first=first, onset=step and dict(step=step))
-    assert numbers([row("phrase", 12, 8), row("words", 9, 11), row("", None, None), row("", 20, None)]) == dict(onset_max_error_steps=4., onset_false_alarms=1.)
+    row = lambda shortcut, step, first: dict(shortcut=shortcut, seed=3, steps=30, first=first, onset=step and dict(step=step), held_only=None)
+    found = numbers([row("phrase", 12, 8), row("words", 9, 11), row("", None, None), row("", 20, None)])
+    assert found == dict(onset_max_error_steps=4., onset_false_alarms=1., onset_max_error_steps_held_only=30., onset_false_alarms_held_only=0.)
     assert numbers([row("phrase", None, 8)])["onset_max_error_steps"] == 30
+    with pytest.raises(SystemExit, match="words seed 3: never in 30 % of the completions"): numbers([row("phrase", 12, 8), row("words", None, None)])
+
+
+def test_programs_that_measure_different_numbers_share_a_file(tmp_path):
+    "One adds to what the other wrote; each number knows its date and commit"
+    merge(tmp_path, "training", dict(onset_false_alarms=0.), clean=20)
+    merge(tmp_path, "training", dict(resume_identical=11.), kills=11)
+    assert read_json(tmp_path / "training.json") == dict(onset_false_alarms=0., resume_identical=11.)
+    env = read_json(tmp_path / "training_env.json")
+    assert env["onset_false_alarms"]["clean"] == 20 and env["resume_identical"]["kills"] == 11 and all({"date", "commit"} <= set(e) for e in env.values())

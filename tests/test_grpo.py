@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hmx_feel.card import CLAIM
-from hmx_feel.grpo import arm_rewards, check_run, open_run, samples, settings_table, train
+from hmx_feel.grpo import arm_rewards, check_run, gate, memory_of, open_run, samples, settings_table, train
 from hmx_feel.judge import check_judge
 from hmx_feel.policy import check_model, load_policy, load_tokenizer
 from hmx_feel.rubric import load_arm, load_prompts
@@ -40,6 +40,17 @@ def test_a_failed_veto_is_the_worst_of_its_group(name):
     rewards = arm_rewards(load_arm(name), pay, failed, 8, 3)
     for group, bad in zip(rewards.reshape(2, 8), failed.reshape(2, 8), strict=True):
         assert (group[bad] == group.min()).all()
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "inverted", "vicarious", "placebo"])
+def test_a_failed_veto_counts_in_a_gated_group(name):
+    "It is paid less than its group, which is paid alike to the last bit; a gated group without one teaches nothing"
+    pay = np.concatenate([.5 + .001 * np.arange(8), .3 + .001 * np.arange(8)])
+    failed = np.arange(16) == 7
+    paid, closed = gate(pay, 8, .03)
+    rewards = arm_rewards(load_arm(name), paid, failed, 8, 3, .03)
+    assert closed.all() and len(set(rewards[:7])) == 1 and len(set(rewards[8:])) == 1
+    assert rewards[0] - rewards[7] == 31 / 1024 and (1024 * rewards % 1 == 0).all()
 
 
 def test_the_folder_holds_what_later_stages_read(run):
@@ -142,7 +153,7 @@ def test_a_finished_run_is_not_run_again(run, model):
 def test_a_run_that_lost_its_judge_stops(model, tmp_path):
     "Every score missing for 20 steps ends the run without a result"
     config = TrainConfig(model=model, runs=str(tmp_path), **dict(SMALL, steps=25, max_completion=4, min_mass=1., probe_every=25))
-    with pytest.raises(UserError, match="were missing for 20 steps"): train(config)
+    with pytest.raises(UserError, match="were missing over 20 steps"): train(config)
     folder = next(tmp_path.glob("*/forward/*"))
     assert not Run.open(folder).finished and len((folder / "metrics.jsonl").read_text().splitlines()) == 20
     assert all(json.loads(line)["missing"] == 1 for line in (folder / "metrics.jsonl").read_text().splitlines())
@@ -157,10 +168,15 @@ def test_one_run_is_trained_once_at_a_time(tmp_path):
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), "longer than the"), (dict(max_completion=3500), "of the model's 4096 tokens")])
+@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), r"prompts: \d{2,} are longer than the 6 tokens that max_completion=4090 leaves of the context: (\S+, ){10}\.\.\.$"), (dict(max_completion=3500), "of the model's 4096 tokens")])
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, change, piece):
     with pytest.raises(UserError, match=piece): train(TrainConfig(runs=str(tmp_path), **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_judges_that_only_look_take_memory_too():
+    weights = lambda **kw: memory_of(check_run(TrainConfig(dtype="float32", **kw)))["weights"]
+    assert weights(outside_judges="tiny") == pytest.approx(2 * weights())
 
 
 @pytest.mark.parametrize(("family", "end"), [("qwen3", "<|im_end|>"), ("gemma2", "<end_of_turn>"), ("llama", "<|eot_id|>")])

@@ -1,9 +1,9 @@
 """A run that is interrupted at any moment ends with the same bytes as one that is not.
 
-    python tests/test_resume.py --all OUT.json
+    python tests/test_resume.py --all OUT
 
 kills eleven papermilled runs, ten at random moments and one while it writes a checkpoint, lets each go on, and merges
-into OUT.json how many of them ended identical to the byte.
+into OUT/training.json how many of them ended identical to the byte.
 """
 import argparse
 import errno
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 if __name__ == "__main__": os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")   # tests have it from conftest
@@ -27,7 +26,8 @@ import pytest
 
 from hmx_feel import drift, grpo, runs
 from hmx_feel.grpo import check_run, checkpoints, train
-from hmx_feel.runs import MARKER, Run, TrainConfig, UserError, content_hash, marker_of, read_json, run_path, write_json
+from hmx_feel.runs import MARKER, Run, TrainConfig, UserError, content_hash, marker_of, run_path, write_json
+from measured import merge
 
 nbs = Path(__file__).resolve().parents[1] / "nbs"
 bin_dir = Path(sys.executable).parent
@@ -140,13 +140,15 @@ def test_several_passes_over_the_prompts(fast, tmp_path):
 
 
 def test_old_checkpoints_keep_their_dose(fast, tmp_path):
-    config = TrainConfig(judge="ema", runs=str(tmp_path), **dict(FAST, save_every=1, max_completion=8, probe_every=9))
+    "On the grid and where a dose was asked for"
+    config = TrainConfig(judge="ema", runs=str(tmp_path), **dict(FAST, save_every=2, dose_steps="1", max_completion=8, probe_every=9))
+    kill(fast, config, "on_step_begin", 3)
     run = fast(config)
     held = {s: {p.name for p in f.iterdir()} for s, f in checkpoints(run).items()}
     dose = {"adapter_config.json", "adapter_model.safetensors", "ema.safetensors", MARKER}
-    assert [s for s in held if held[s] == dose] == [1, 2, 3] and list(held) == [1, 2, 3, 4, 5]
+    assert [s for s in held if held[s] == dose] == [1, 2] and list(held) == [1, 2, 4, 5]
     assert all({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < held[s] for s in (4, 5))
-    assert [marker_of(f)["resumable"] for f in checkpoints(run).values()] == [False, False, False, True, True]
+    assert [marker_of(f)["resumable"] for f in checkpoints(run).values()] == [False, False, True, True]
     assert not list(run.path.rglob("training_args.bin"))
 
 
@@ -186,14 +188,14 @@ def test_lost_rows_lead_to_an_earlier_checkpoint(at_four):
 
 
 def test_a_checkpoint_of_another_run_is_refused(fast, at_four):
-    "In one line that names both, and nothing is touched"
+    "In one line that names both and what differs, and nothing is touched"
     run, config = at_four
     marker = marker_of(checkpoints(run)[2])
-    write_json(checkpoints(run)[2] / MARKER, {**marker, "run": "tiny/reverse/seed0-0123abcd", "identity": "0123abcd" * 8})
+    write_json(checkpoints(run)[2] / MARKER, {**marker, "run": "tiny/reverse/seed0-0123abcd", "identity": {**marker["identity"], "arm": "reverse", "rubric": "0123abcd" * 8}})
     before = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as caught: fast(config)
     line = str(caught.value)
-    assert "tiny/reverse/seed0-0123abcd with identity 0123abcd" in line and f"{run.arm}/{run.path.name} with identity {content_hash(run.identity)[:8]}" in line
+    assert "written by run tiny/reverse/seed0-0123abcd, this is run tiny/forward/" in line and f"they differ in arm: 'reverse' there, 'forward' here, rubric: '0123abcd0123...' there, '{run.identity['rubric'][:12]}...' here; take" in line
     assert "\n" not in line and (run / "metrics.jsonl").read_bytes() == before and list(checkpoints(run)) == [2, 4]
 
 
@@ -242,25 +244,29 @@ def test_rows_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(fast, tmp_path, monkeypatch):
-    "At a step on the grid: nothing is saved there; the same command comes to the same end"
-    row = grpo._row
-    def broken(logs, reward, step):
-        metrics, times = row(logs, reward, step)
-        return (dict(metrics, loss=None) if step == 4 else metrics), times
-    monkeypatch.setattr(grpo, "_row", broken)
-    config = TrainConfig(runs=str(tmp_path), **FAST)
+def test_gradients_that_are_no_numbers_keep_the_last_good_checkpoint(fast, tmp_path, monkeypatch):
+    "At a step on the grid and under the ledger: nothing is asked of weights that are lost, nothing is saved; the same command comes to the same end"
+    from trl import GRPOTrainer
+    step = GRPOTrainer.training_step
+    def broken(self, model, *args, **kw):
+        loss = step(self, model, *args, **kw)
+        if self.state.global_step == 3:
+            for p in model.parameters():
+                if p.grad is not None: p.grad.fill_(float("nan"))
+        return loss
+    monkeypatch.setattr(GRPOTrainer, "training_step", broken)
+    config = TrainConfig(runs=str(tmp_path), **dict(FAST, max_completion=8))
     for _ in range(2):
         with pytest.raises(UserError, match="loss or gradient is not a number at step 4; the checkpoint of step 2 is kept"): fast(config)
         run = unfinished(config)
-        assert list(checkpoints(run)) == [2] and runs.sealed(checkpoints(run)[2]) and len(run.metrics()) == 4
+        assert list(checkpoints(run)) == [2] and runs.sealed(checkpoints(run)[2]) and len(run.metrics()) == 4 and not (run / "drift" / "000004.parquet").exists()
 
 
 def test_the_stop_rule_remembers_what_was_before(fast, tmp_path):
     "Twenty bad steps end a run wherever it was interrupted"
     config = TrainConfig(runs=str(tmp_path), **dict(FAST, steps=25, max_completion=4, min_mass=1., probe_every=25, save_every=7))
     kill(fast, config, "on_step_begin", 16)
-    with pytest.raises(UserError, match="were missing for 20 steps, up to step 20 .max_missing.; the checkpoint of step 14 is kept"): fast(config)
+    with pytest.raises(UserError, match="were missing over 20 steps, up to step 20 .max_missing.; the checkpoint of step 14 is kept"): fast(config)
     assert len(unfinished(config).metrics()) == 20
 
 
@@ -460,14 +466,14 @@ def all_moments(out, seed):
             was, resumed, different = once(references[judge], judge, tempfile.mkdtemp(dir=top), moment)
             same += not different
             print(f"{n + 1:2d} {judge:4s} killed {'in a save' if moment is None else f'after {moment:.0f} s'} ({was}), went on after {resumed or 'nothing'}: {different or 'identical'}", flush=True)
-    result = dict(resume_identical=same, resume_date=date.today().isoformat(), resume_commit=runs.environment()["commit"])
-    write_json(out, {**(read_json(out) if Path(out).is_file() else {}), **result})
+    result = dict(resume_identical=float(same))
+    merge(out, "training", result, kills=n + 1, seed=seed)
     return result
 
 
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("--all", metavar="OUT.json", required=True, help="where the result is merged")
+    ask.add_argument("--all", metavar="OUT", required=True, help="folder in which training.json is")
     ask.add_argument("--seed", type=int, default=0, help="of the moments")
     given = ask.parse_args()
     print(all_moments(given.all, given.seed))
