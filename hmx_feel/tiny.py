@@ -165,9 +165,9 @@ def broken(rng, parts_:list[Part])->list[Part]: # One part tagged `broken`
     return [Part('broken', 0, rng.choices(kinds, [.5,.25,.25])[0])]
 
 # %% ../nbs/api/09_tiny.ipynb #55939408
-def judged_answer(rng, kind, topic, P, p_broken:float=.15)->list[Part]:
+def judged_answer(rng, kind, topic, P)->list[Part]:
     "An answer for the judge to learn from: every sort, every level"
-    sort = rng.choices(['writer','asker','both','denying','neutral','broken'], [.47,.16,.1,.06,.06,.85*p_broken/(1-p_broken)])[0]
+    sort = rng.choices(['writer','asker','both','denying','neutral','broken'], [.47,.16,.1,.06,.06,.15])[0]
     p = rng.choice([.2,.45,.7])
     if sort in ('denying','neutral'): out = globals()[sort](rng, kind, topic, P)
     elif sort=='both': out = expressive(rng, kind, topic, P, 'writer', .3) + expressive(rng, kind, topic, P, 'asker', .3)
@@ -177,7 +177,7 @@ def judged_answer(rng, kind, topic, P, p_broken:float=.15)->list[Part]:
     for tag,lvl,share,texts in [('story',0,.08,P['story']),('stock',0,.05,P['stock']),('rater',1,.07,P['rater'][1]),('rater',3,.05,P['rater'][3]),('open',0,.06,P['open']),('deny',0,.06,P['deny'])]:
         if rng.random()<share and not any(q.tag==tag for q in out): out.insert(rng.randint(0,len(out)), Part(tag, lvl, rng.choice(texts)))
     if not any(q.tag=='help' for q in out) and rng.random()<.1: out.append(Part('partly', 0, fill(rng, rng.choice(P['partly']), topic, P)))
-    if len(out)>1 and rng.random()<.12: out[rng.randrange(len(out))] = Part('noise', 0, gibberish(rng, rng.randint(5,9)))
+    if rng.random()<.12: out[rng.randrange(len(out))] = Part('noise', 0, gibberish(rng, rng.randint(5,9)))
     return out
 
 # %% ../nbs/api/09_tiny.ipynb #64eadb4e
@@ -346,12 +346,12 @@ def lm_loss(net, batch, pad):
     return total/sum(len(a) for _,a in batch)
 
 # %% ../nbs/api/09_tiny.ipynb #46837ff6
-def judge_rows(rng, pieces, who, inverted, P, known, n)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
+def judge_rows(rng, pieces, who, inverted, P, known, n=22)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
     "Answers for the judge with their known labels, one answer a row"
     out,labels,well,ids = [],[],[],pieces.rubric.ids
     while len(out) < n:
         kind,topic,msgs = draw_prompt(rng, known)
-        a = judged_answer(rng, kind, topic, P, p_broken=.25)
+        a = judged_answer(rng, kind, topic, P)
         if set_aside(a): continue
         out.append(pack(pieces.question(msgs), [pieces.answer(text(a))[0]], pieces.queries))
         labels += [l or 0 for l in judge_label(a, ids, who, inverted).values()]
@@ -375,7 +375,7 @@ def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
 
 # %% ../nbs/api/09_tiny.ipynb #7e95d369
 SPEAK,NAMES = .12,.45 # Shares of the steps at which the first and the second stretch end
-LAST = .17 # Share of the third stretch with the criterion last
+LAST = .15 # Share of the third stretch with the criterion last
 def stretch(rng, step:int, steps:int, tok, spec, forms, bare)->tuple: # pieces or None, who, inverted, weight of scores other than 1
     "What is judged at this step"
     if step < SPEAK*steps: return None,'writer',False,1.
@@ -393,7 +393,7 @@ def bare_pieces(tok, spec, rubric)->Pieces:
     return pieces
 
 # %% ../nbs/api/09_tiny.ipynb #88712a32
-STEPS = 1450
+STEPS = 1700
 def learning_rate(step:int, steps:int, top:float=4e-3, warm:int=50)->float:
     "Linear warm-up, then a cosine down to 2 % of the top"
     return top*min((step+1)/warm, .02+.98*.5*(1+math.cos(math.pi*step/steps)))
@@ -420,8 +420,7 @@ def train_tiny(tok, # Its tokenizer
             loss = words + (.6 if pieces else .3)*letters
         else: loss = words
         if pieces:
-            rows = 10 if pieces.layout=='criterion_last' and pieces is not bare else 22
-            score,judged = judge_loss(net, pieces, *judge_rows(rng, pieces, who, inverted, P, known, rows), pad, weight)
+            score,judged = judge_loss(net, pieces, *judge_rows(rng, pieces, who, inverted, P, known), pad, weight)
             loss = loss + score
         loss.backward(); torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); opt.zero_grad()
         seen.append((judged, words.item(), letters.item()))
