@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel,ConfigDict,Field,StrictInt,ValidationError,field_validator
 from .runs import MODELS,CompareConfig,EvaluateConfig,JudgeConfig,TrainConfig,UserError,data_names,data_path,explain,find_runs,model_slug,nearest
 from .rubric import load_arm,read_yaml
+from .panel import panel_path
 from .sweep import Job
 from .executors import Need
 
@@ -147,9 +148,7 @@ def check_names(grid:Grid, where:str)->Grid: # The same
     _check_names(grid, where)
     for m in grid.models:
         for s in SECTIONS: _check_values(params_of(grid, s, m), s, where)
-        for p in panels_of(grid, m):
-            known = data_names('tasks/panels')
-            if p not in known and not Path(p).expanduser().is_file(): raise UserError(f"{where}: evaluate.panel: found {p!r}, allowed: an existing file or one of {', '.join(known)}{nearest(p, known)}")
+        for p in panels_of(grid, m): panel_path(p, f"{where}: evaluate.panel")
     _check_arms(grid, where)
     return grid
 
@@ -212,9 +211,10 @@ def jobs_of(grid:Grid, # A grid
     arms = {a: load_arm(a).trained for a in grid.arms}
     for m in grid.models:
         judged = [GridJob(f'{j} 02_judge' + (f' for {m}' if j!=m else ''), '02_judge', params_of(grid, 'calibrate', m) | dict(model=j, runs=str(root)), model=m, arm='judge') for j in judges_of(grid, m)]
-        base = _measure(grid, root, m, 'base', None, '', ())
-        still = [j for a in arms if not arms[a] for j in _measure(grid, root, m, a, None, '', ())]
-        out += [*judged, *base, *still]; labels = tuple(j.label for j in judged)
+        labels = tuple(j.label for j in judged)  # a calibration decides the layout in which answers are judged
+        base = _measure(grid, root, m, 'base', None, '', labels)
+        still = [j for a in arms if not arms[a] for j in _measure(grid, root, m, a, None, '', labels)]
+        out += [*judged, *base, *still]
         for variant,params in variants(grid, m):
             runs = [j for s in grid.seeds_of(m) for a in arms if arms[a] for j in _training(grid, root, m, a, s, variant, params, labels)]
             out += runs + _comparison(grid, folder, m, variant, tuple(j.label for j in [*base, *still, *runs] if j.notebook=='04_evaluate'))
@@ -320,7 +320,7 @@ ITEMS = 800 # Items of a benchmark without a limit, a round number
 def _panel_items(panel:str, limit:int, samples:int)->tuple[float,float]: # Answers written, texts read
     "How much a panel asks, from its file alone"
     write = read = 0
-    for t in read_yaml(data_path('tasks/panels', panel)).get('tasks') or []:
+    for t in read_yaml(panel_path(panel)[0]).get('tasks') or []:
         n = min([x for x in (limit, t.get('limit') or 0) if x], default=ITEMS)
         if t.get('kind')=='expression': write += min(n, 200)*samples
         else: read += 4*n
