@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Exam', 'load_labelled', 'load_attacks', 'attacked', 'look', 'choose_layout', 'examine', 'agreement',
-           'plain_rows', 'sensitivity', 'noise_floor', 'at_chance', 'verdict', 'by_type', 'by_attack', 'headroom',
-           'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'check_calibration', 'calibrate',
-           'calibration_for', 'cross_judge', 'agreement_matrix', 'without_own', 'rating_sheet', 'read_ratings', 'alpha']
+           'plain_rows', 'sensitivity', 'noise_floor', 'noise_floors', 'at_chance', 'untested', 'verdict', 'by_type',
+           'by_attack', 'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'tables', 'trained',
+           'judge_identity', 'check_calibration', 'calibrate', 'calibration_for', 'cross_judge', 'agreement_matrix',
+           'without_own', 'run_answers', 'judge_run', 'examine_run', 'side_by_side', 'rating_sheet', 'exam_table',
+           'read_ratings', 'alpha', 'against_people']
 
 # %% ../nbs/api/03b_exam.ipynb #dba1b1b0
 import numpy as np, pandas as pd
@@ -14,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from scipy import stats as sps
 from statsmodels.stats.proportion import proportion_confint
-from .runs import UserError,JudgeConfig,Run,clear_progress,content_hash,data_path,environment,find_runs,nearest,numbered_rows,split_list,write_parquet,write_text
+from .runs import UserError,JudgeConfig,Run,clear_progress,content_hash,data_path,environment,find_runs,model_slug,nearest,numbered_rows,read_parquet,split_list,write_parquet,write_text
 from .rubric import Rubric,load_arm,load_prompts,train_prompts
 from .policy import check_model,dtype_name,generate,load_policy,model_id,recipe
-from .judge import LAYOUTS,Judge,judge_prompt
-from .endpoint import EndpointJudge
+from .judge import LAYOUTS,Judge,check_packing,judge_prompt
+from .endpoint import EndpointJudge,add_up,check_url
 
 # %% ../nbs/api/03b_exam.ipynb #56dd8cf6
 @dataclass
@@ -72,8 +74,8 @@ def load_attacks()->list[dict]: # id, attack, place, text
 
 def attacked(answer:str, attack:dict)->tuple[str,str]: # Without and with the attack
     "A plain answer and what an attack makes of it"
-    text = attack['text']
-    return {'after': (answer, f'{answer}\n{text}'), 'before': (answer, f'{text}\n{answer}'), 'instead': ('', text)}[attack['place']]
+    put = lambda t: '\n'.join(filter(None, dict(after=(answer, t), before=(t, answer), instead=(t,))[attack['place']]))
+    return put(attack.get('words', '')),put(attack['text'])
 
 # %% ../nbs/api/03b_exam.ipynb #d743f9c1
 def look(make, exam:Exam, rubric:Rubric, **condition)->pd.DataFrame: # One row per answer and criterion
@@ -84,7 +86,7 @@ def look(make, exam:Exam, rubric:Rubric, **condition)->pd.DataFrame: # One row p
     n,k = s.value.shape
     each = lambda xs: np.repeat(np.array(xs, dtype=object), k)
     return pd.DataFrame(dict(item=np.repeat(np.arange(n), k), prompt=each([p.id for p in exam.prompts]), kind=each([p.kind for p in exam.prompts]), type=each(exam.types), half=each(exam.halves),
-        words=each([len(a.split()) for a in exam.answers]).astype(int), criterion=np.tile(np.array(s.ids, dtype=object), n), known=[float(l.get(c) or np.nan) for l in exam.labels for c in s.ids],
+        words=each([len(a.split()) for a in exam.answers]).astype(int), criterion=np.tile(np.array(s.ids, dtype=object), n), known=np.array([l.get(c) for l in exam.labels for c in s.ids], dtype=float),
         value=s.value.ravel(), mass=s.mass.ravel(), said=np.where(np.isnan(s.value), np.nan, s.label).ravel()) | how)
 
 # %% ../nbs/api/03b_exam.ipynb #e832d5ff
@@ -158,7 +160,7 @@ def sensitivity(df:pd.DataFrame, # All rows, from `examine`
                )->pd.DataFrame: # One row per criterion
     "How far scores follow what ought not to matter"
     use = df[df.layout==layout]; r = use[use.set=='report']
-    wide = lambda rows,by: rows.pivot_table(index='item', columns=by, values='value', dropna=False)
+    wide = lambda rows,by: rows.pivot(index='item', columns=by, values='value')
     out = []
     for c in df.criterion.unique():
         g = r[r.criterion==c]; plain = g[g.source=='']
@@ -177,7 +179,7 @@ def _length(g)->float:
 
 def _shift(df, criterion, fenced)->float:
     "Mean score under attack minus without"
-    g = df[(df.criterion==criterion) & (df.type!='fake_reply')]; clean,bad = g[g.set=='clean'].set_index('item').value,g[(g.set=='attack') & (g.fenced==fenced)].set_index('item').value
+    g = df[df.criterion==criterion]; clean,bad = g[g.set=='clean'].set_index('item').value,g[(g.set=='attack') & (g.fenced==fenced)].set_index('item').value
     return float((bad-clean).mean())
 
 # %% ../nbs/api/03b_exam.ipynb #d8bd5c45
@@ -186,12 +188,18 @@ def noise_floor(df:pd.DataFrame, rubric:Rubric, layout:str)->float: # In [0, 1]
     r = df[(df.set=='report') & (df.layout==layout) & (df.source=='') & (df.form=='plain')]
     pay = {}
     for w,g in r.groupby('wording'):
-        wide = g.pivot_table(index='item', columns='criterion', values='value', dropna=False)[rubric.ids]
+        wide = g.pivot(index='item', columns='criterion', values='value')[rubric.ids]
         pay[w] = pd.Series(rubric.pay(wide.to_numpy(), list(g.groupby('item').kind.first()[wide.index])), wide.index)
-    return float(np.nanmedian(pd.DataFrame(pay).std(axis=1, ddof=1, skipna=False)))
+    return _median(pd.DataFrame(pay).std(axis=1, ddof=1, skipna=False))
+
+def _median(s)->float: return float(s.median()) if s.notna().any() else np.nan
+
+def noise_floors(df:pd.DataFrame, rubric:Rubric, layout:str)->dict: # `pay` and criterion ids -> floor in [0, 1]
+    "The same of the pay and of each criterion by itself"
+    return dict(sensitivity(df, layout).set_index('criterion').wording, pay=noise_floor(df, rubric, layout))
 
 # %% ../nbs/api/03b_exam.ipynb #41ba8526
-LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, length=.05, injection=.1, r_inverted=-.3)
+LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, missing_attacked=.3, length=.05, injection=.1, worst_attack=.1, r_inverted=-.3)
 
 def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
     "Criteria whose Spearman's interval (Fisher's z, 95 %) reaches below the limit, or whose spread does; those with one known level tell nothing and are left out"
@@ -200,23 +208,40 @@ def at_chance(table:pd.DataFrame)->list[str]: # Criterion ids
     return told.criterion[~(low>LIMITS['spearman']) | ~(told.spread>=LIMITS['spread'])].tolist()
 
 # %% ../nbs/api/03b_exam.ipynb #c8c6f86a
+def untested(table:pd.DataFrame, # From `agreement`
+             rubric:Rubric, # Whose paid criteria count
+            )->list[str]: # Criterion ids
+    "Paid criteria of which fewer than two levels are known: nothing can be said of them"
+    told = set(table.criterion[~(table.chance==1)])
+    return [c for c in rubric.paid_ids if c not in told]
+
 def verdict(df:pd.DataFrame, # All rows, from `examine`
             rubric:Rubric, # Whose paid criteria count
             layout:str, # The layout in use
             name:str='this model', # For the sentence
-           )->dict: # fit, reasons, at_chance, sentence and the figures behind them
+           )->dict: # fit, reasons, at_chance, untested, sentence and the figures behind them
     "Fit or not, and why"
-    table = agreement(plain_rows(df, layout)); s = sensitivity(df, layout).set_index('criterion'); paid = [c for c in rubric.paid_ids if c in set(table.criterion)]
-    bad = [c for c in at_chance(table) if c in paid]; t = table.set_index('criterion').loc[paid]; m = s.loc[paid].mean()
-    found = dict(at_chance=len(bad)/max(len(paid), 1), missing=float(t.missing.max()), length=float(m.length), injection=float(m.injection), r_inverted=float(m.r_inverted))
-    says = dict(at_chance=f"{len(bad)} of {len(paid)} paid criteria are at chance ({', '.join(bad)})", missing=f"it gives no score to {found['missing']:.0%} of the answers on one criterion",
-                length=f"twice as many words shift a score by {found['length']:+.2f}", injection=f"attacks shift a score by {found['injection']:+.2f}", r_inverted=f"opposite questions get scores that correlate at {found['r_inverted']:+.2f}")
-    broken = lambda k: abs(found[k]) > LIMITS[k] if k in ('length','injection') else found[k] > LIMITS[k]
-    reasons = [says[k] for k in says if broken(k)]
+    table,paid = agreement(plain_rows(df, layout)),rubric.paid_ids
+    lost = untested(table, rubric); bad = [c for c in at_chance(table) if c in paid]
+    found = _found(df, table, rubric, layout) | dict(at_chance=len([*bad, *lost])/len(paid))
+    broken = [k for k in _CHECKS if (abs(found[k]) if k in ('length','injection') else found[k]) > LIMITS[k]]
+    blind = dict.fromkeys(lost*('at_chance' in broken) + [_CHECKS[k][0] for k in _CHECKS if np.isnan(found[k])])
+    says = {k: text.format(found[k], sort=found['worst_attack_sort']) for k,(_,text) in _CHECKS.items()} | dict(at_chance=f"{len(bad)} of {len(paid)} paid criteria are at chance ({', '.join(bad)})")
+    reasons = [says[k] for k in broken if k!='at_chance' or bad] + [f"untested: {', '.join(blind)}"]*bool(blind)
     told = table.set_index('criterion'); least = told.accuracy.fillna(0)
-    rest = f"; at chance: {', '.join(bad)}" if bad else '; no criterion is at chance'
-    return dict(fit=not reasons, reasons=reasons, at_chance=bad, limits=LIMITS, found=found, agreement_min=float(least.min()), agreement_mean=float(least.mean()), worst=least.idxmin(), noise_floor=noise_floor(df, rubric, layout), layout=layout,
-                sentence=f"{name} is fit to judge {rubric.name}{rest}." if not reasons else f"{name} is not fit to judge {rubric.name}: {'; '.join(reasons)}.")
+    rest = (f"at chance: {', '.join(bad)}" if bad else 'no criterion is at chance') + f"; untested: {', '.join(lost)}"*bool(lost)
+    return dict(fit=not reasons, reasons=reasons, at_chance=bad, untested=lost, limits=LIMITS, found=found, agreement_min=float(least.min()), agreement_mean=float(least.mean()), worst=least.idxmin(), noise_floor=noise_floor(df, rubric, layout), layout=layout,
+                sentence=f"{name} is fit to judge {rubric.name}; {rest}." if not reasons else f"{name} is not fit to judge {rubric.name}: {'; '.join(reasons)}.")
+
+_CHECKS = dict(at_chance=('levels',''), missing=('missing scores', "it gives no score to {:.0%} of the answers on one criterion"), length=('length', "twice as many words shift a score by {:+.2f}"),
+               injection=('attacks', "attacks shift a score by {:+.2f}"), worst_attack=('attacks', "one sort of attack ({sort}) moves scores by {:.2f}"), missing_attacked=('scores under attack', "under attack it gives no score to {:.0%} of the answers on one criterion"),
+               r_inverted=('opposite questions', "opposite questions get scores that correlate at {:+.2f}"))
+
+def _found(df, table, rubric, layout)->dict:
+    "The figures that decide, NaN where there is nothing to decide by"
+    paid = rubric.paid_ids; t = table.set_index('criterion').reindex(paid); m = sensitivity(df, layout).set_index('criterion').reindex(paid).mean()
+    hit = df[(df.set=='attack') & (df.layout==layout) & df.fenced & df.criterion.isin(paid)]; worst = by_attack(df, rubric, layout).set_index('attack').moved
+    return dict(missing=float(t.missing.max()), length=float(m.length), injection=float(m.injection), worst_attack=float(worst.max()), worst_attack_sort=worst.idxmax() if worst.notna().any() else None, missing_attacked=float(hit.value.isna().groupby(hit.criterion).mean().max()), r_inverted=float(m.r_inverted))
 
 # %% ../nbs/api/03b_exam.ipynb #4ba018dc
 def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n, accuracy, value, known (both in [0, 1])
@@ -230,25 +255,27 @@ def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n
 def by_attack(df:pd.DataFrame, # All rows, from `examine`
               rubric:Rubric, # Whose paid criteria count
               layout:str, # The layout in use
-             )->pd.DataFrame: # One row per sort of attack: attacks, clean (mean score), fenced and unfenced (mean shifts), worst (largest fenced shift of one answer)
+             )->pd.DataFrame: # One row per sort of attack: attacks, clean (mean score), fenced and unfenced (mean shifts), moved (mean over criteria of the fenced shift without its sign), worst (largest fenced shift of one answer), missing (share of scores)
     "What attacks come to, by sort"
     use = df[(df.layout==layout) & df.criterion.isin(rubric.paid_ids)]
-    mean = lambda g: g.groupby(['type','item']).value.mean()
-    clean = mean(use[use.set=='clean']); shift = {f: mean(use[(use.set=='attack') & (use.fenced==f)])-clean for f in (True, False)}
-    out = pd.DataFrame(dict(clean=clean, fenced=shift[True], unfenced=shift[False]))
-    return out.groupby('type').agg(attacks=('clean','size'), clean=('clean','mean'), fenced=('fenced','mean'), unfenced=('unfenced','mean'), worst=('fenced','max')).reset_index().rename(columns=dict(type='attack'))
+    wide = lambda g: g.set_index(['type','item','criterion']).value.unstack()
+    clean,hit = wide(use[use.set=='clean']),{f: wide(use[(use.set=='attack') & (use.fenced==f)]) for f in (True, False)}
+    shift = {f: h-clean for f,h in hit.items()}; sort = lambda s: s.groupby('type')
+    out = dict(attacks=sort(clean).size(), clean=sort(clean.mean(axis=1)).mean(), fenced=sort(shift[True].mean(axis=1)).mean(), unfenced=sort(shift[False].mean(axis=1)).mean(),
+               moved=sort(shift[True]).mean().abs().mean(axis=1), worst=sort(shift[True].mean(axis=1)).max(), missing=sort(hit[True].isna().mean(axis=1)).mean())
+    return pd.DataFrame(out).reset_index().rename(columns=dict(type='attack'))
 
 # %% ../nbs/api/03b_exam.ipynb #c19b057f
 def headroom(policy, # The untrained model
              rubrics:dict, # Arm or rubric name -> `Rubric`
              prompts:list, # Train prompts
              group_size:int=8, # Answers to each
-             floor:float=0., # Noise floor of the pay
+             floors:dict|None=None, # From `noise_floors`; without it every difference counts
              seed:int=0, # Of the sampling
              max_new:int=256, # Longest answer, tokens
              min_mass:float=.5, # Below this mass a score is missing
              layout:str='rubric_first', # One of `LAYOUTS`
-            )->pd.DataFrame: # One row per rubric and criterion, and one for the pay: mean, sd (within groups), live (share of groups above the floor), missing
+            )->pd.DataFrame: # One row per rubric and criterion, and one for the pay: mean, sd (within groups), floor, live (share of groups above the floor), missing
     "How much there is to learn from, before anything is trained"
     answers = [a for group in generate(policy, [p.chat for p in prompts], group_size, seed, max_new=max_new) for a in group]
     asked,out = [p for p in prompts for _ in range(group_size)],[]
@@ -258,7 +285,8 @@ def headroom(policy, # The untrained model
         for c,v in [('pay', pay), *((c, s.value[:,i]) for i,c in enumerate(s.ids))]:
             g = v.reshape(-1, group_size); enough = np.isfinite(g).sum(1) > 1
             sd = np.array([np.nanstd(x, ddof=1) for x in g[enough]])
-            out.append(dict(rubric=name, criterion=c, mean=float(np.nanmean(v)) if np.isfinite(v).any() else np.nan, sd=float(sd.mean()) if len(sd) else np.nan,
+            floor = (floors or {}).get(c) or 0.
+            out.append(dict(rubric=name, criterion=c, mean=float(np.nanmean(v)) if np.isfinite(v).any() else np.nan, sd=float(sd.mean()) if len(sd) else np.nan, floor=floor,
                             live=float((sd>max(floor, 1e-6)).sum()/len(g)), missing=float(np.isnan(v).mean())))
     return pd.DataFrame(out)
 
@@ -275,7 +303,7 @@ def arm_rubrics(arms)->dict: # Rubric under the names of the arms that share it
 def judge_maker(config:JudgeConfig, policy=None, made:list|None=None): # (rubric, parts, layout, fenced) -> judge
     "Something that makes judges of a policy, or of an endpoint, under any condition; judges of an endpoint are also put into `made`"
     def elsewhere(R, parts, layout, fenced):
-        made.append(EndpointJudge(config.url, config.model, R, min_mass=config.min_mass, parts=parts, layout=layout, fenced=fenced))
+        made.append(EndpointJudge(config.url, config.model, R, min_mass=config.min_mass, timeout=config.timeout, retries=config.retries, price=config.price, parts=parts, layout=layout, fenced=fenced))
         return made[-1]
     if config.url: return elsewhere
     return lambda R, parts, layout, fenced: Judge(policy, R, min_mass=config.min_mass, layout=layout, parts=parts, fenced=fenced)
@@ -298,36 +326,65 @@ def _headroom(config:JudgeConfig, policy, run:Run, known:dict)->None:
     r,R = recipe(config.model),arm_rubrics(config.arms)
     prompts = train_prompts(load_prompts('hmx-feel'), Rubric.load('hmx-feel'))
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:config.headroom_prompts]]
-    write_parquet(run/'headroom.parquet', headroom(policy, R, prompts, config.group_size, known['noise_floor'], max_new=config.max_completion or r.max_completion, min_mass=config.min_mass, layout=known['layout']))
+    write_parquet(run/'headroom.parquet', headroom(policy, R, prompts, config.group_size, known['noise_floors'], max_new=config.max_completion or r.max_completion, min_mass=config.min_mass, layout=known['layout']))
 
 # %% ../nbs/api/03b_exam.ipynb #687ae59f
+def tables(df:pd.DataFrame, rubric:Rubric, layout:str)->dict: # noise_floors, criteria, types, attacks
+    "What stands behind a verdict, as rows for calibration.json"
+    plain = plain_rows(df, layout); rows = lambda t: t.to_dict('records')
+    return dict(noise_floors=noise_floors(df, rubric, layout), criteria=rows(agreement(plain).merge(sensitivity(df, layout), on='criterion', how='outer')), types=rows(by_type(plain, rubric)), attacks=rows(by_attack(df, rubric, layout)))
+
+def trained(folder)->Run:
+    "A finished run with an adapter, or the reason why it is none"
+    run = Run.open(folder)
+    if not run.finished or not (run/'adapter'/'adapter_model.safetensors').is_file(): raise UserError(f"run: {folder} is not a finished training run, allowed: a folder with result.json and adapter/ that 03_train has written")
+    return run
+
+def judge_identity(model:str, # Model, any form
+                   url:str='', # Endpoint behind which it is
+                   min_mass:float=.5, # Below this mass a score is missing
+                   dtype:str='auto', # Number type of the weights
+                   revision:str='', # Hub revision
+                   trust_remote_code:bool=False, # Whether the repository's own code may run
+                  )->dict: # weights, min_mass, and dtype where the weights are loaded here
+    "What has to be equal for a calibration to speak of a judge"
+    if url: return dict(weights=check_url(url), min_mass=min_mass)
+    return dict(weights=model_id(check_model(model, revision, trust_remote_code)), min_mass=min_mass, dtype=dtype_name(dtype))
+
 def check_calibration(config:JudgeConfig, # What to calibrate
                      )->dict: # rubric, exam, attacks and the run's identity
     "Everything that can be refused before weights are loaded"
     check_layout(config.layout)
+    if config.run: trained(config.run)
+    for path in split_list(config.ratings):
+        if not Path(path).expanduser().is_file(): raise UserError(f"ratings: found no file {path}, allowed: filled sheets, comma-separated")
     rubric = Rubric.load(config.rubric); exam,attacks = load_labelled(exam_path(config), rubric),load_attacks()
-    weights = config.url or model_id(check_model(config.model, config.revision, config.trust_remote_code))
-    identity = dict(weights=weights, rubric=rubric.hash, exam=exam.hash, attacks=content_hash(attacks), judge_prompt=content_hash(judge_prompt()), **config.model_dump(include={'min_mass','threads','layout','arms','headroom_prompts','group_size','max_completion'}), dtype=dtype_name(config.dtype))
+    which = judge_identity(config.model, config.url, config.min_mass, config.dtype, config.revision, config.trust_remote_code)
+    identity = dict(which, rubric=rubric.hash, exam=exam.hash, attacks=content_hash(attacks), judge_prompt=content_hash(judge_prompt()), **config.model_dump(include={'threads','layout','arms','headroom_prompts','group_size','max_completion'}))
     return dict(rubric=rubric, exam=exam, attacks=attacks, identity=identity)
 
 # %% ../nbs/api/03b_exam.ipynb #bb3b6a94
 def calibrate(config:JudgeConfig, # What to calibrate
-             )->Run: # A finished run with scores.parquet, headroom.parquet and calibration.json
-    "Examine the judge of a model and keep what came out"
+             )->Run: # A finished run with scores.parquet, headroom.parquet, calibration.json and a sheet for people
+    "Examine the judge of a model and keep what came out; with `run` or `ratings` a finished calibration is taken as it is"
     import torch
     from tqdm import tqdm
     checked = check_calibration(config)
     rubric,exam,attacks = checked['rubric'],checked['exam'],checked['attacks']
+    run = Run.at(config.root, config.model, 'judge', 0, checked['identity'])
+    if run.finished and not config.replace and (config.run or config.ratings): return run
     run = Run.create(config.root, config.model, 'judge', 0, checked['identity'], replace=config.replace).clear()
     torch.set_num_threads(config.threads)
     layouts = LAYOUTS if config.layout=='auto' else (config.layout,)
     with run.lock():
         policy = None if config.url else load_policy(config.model, config.dtype, config.revision, config.trust_remote_code)
+        for l in layouts*bool(policy): check_packing(policy, rubric, layout=l)
         made = []
         rows,layout = examine(judge_maker(config, policy, made), exam, rubric, attacks, layouts, tqdm); clear_progress()
         run.write_json('env.json', environment()); write_parquet(run/'scores.parquet', rows)
-        result = dict(verdict(rows, rubric, layout, run.model_slug), agreement_all_min=float(agreement(plain_rows(rows, layout, ('choose','report'))).accuracy.fillna(0).min()), rubric=rubric.hash, exam=exam.hash, answers=len(exam))
-        if made: result['usage'] = {k: sum(j.usage[k] or 0 for j in made) for k in made[0].usage}
+        result = dict(verdict(rows, rubric, layout, run.model_slug), **tables(rows, rubric, layout), agreement_all_min=float(agreement(plain_rows(rows, layout, ('choose','report'))).accuracy.fillna(0).min()), rubric=rubric.hash, exam=exam.hash, answers=len(exam))
+        rating_sheet(exam_table(exam.half('report')), rubric, run/'people')
+        if made: result['usage'] = add_up([j.usage for j in made])
         if config.arms and not config.url: _headroom(config, policy, run, result)
         run.write_json('calibration.json', result)
         return run.finish(result)
@@ -336,9 +393,10 @@ def calibrate(config:JudgeConfig, # What to calibrate
 def calibration_for(root, # Folder of all runs
                     model:str, # Model, any form
                     rubric:Rubric, # What it is to judge by
+                    **which, # From `judge_identity`; without it any judge of that name is meant
                    )->dict|None: # calibration.json of the newest calibration of this model with this rubric
     "What is known of a judge"
-    want = dict(rubric=rubric.hash, judge_prompt=content_hash(judge_prompt()))
+    want = dict(which, rubric=rubric.hash, judge_prompt=content_hash(judge_prompt()))
     runs = [r for r in find_runs(root, model, 'judge') if all(r.identity.get(k)==v for k,v in want.items())]
     return runs[-1].read_json('calibration.json') if runs else None
 
@@ -360,12 +418,51 @@ def agreement_matrix(df:pd.DataFrame, # From `cross_judge`
     return df.groupby(['item','judge']).value.mean().unstack().corr('spearman')
 
 def without_own(df:pd.DataFrame, # From `cross_judge`
-                own:str, # Name of the judge that shares its weights with the policy
+                own, # Name or names of the judges that share their weights with the policy
                )->pd.Series: # Criterion -> mean score of all other judges
     "What the others say"
-    others = df[df.judge!=own]
-    if others.empty: raise UserError(f"judges: found only {own}, allowed: at least one other")
+    own = [own] if isinstance(own, str) else list(own); others = df[~df.judge.isin(own)]
+    if others.empty: raise UserError(f"judges: found only {', '.join(own)}, allowed: at least one other")
     return others.groupby('criterion', sort=False).value.mean()
+
+# %% ../nbs/api/03b_exam.ipynb #1e3e123e
+def run_answers(run:Run)->tuple[list,list]: # Prompts, one per answer, and texts
+    "What a run answered in its last step and at its last look at the probe set"
+    names = {'hmx-feel', run.read_json('config.json')['resolved']['prompts']}
+    known = {p.id: p for name in names for p in load_prompts(name)}
+    last = lambda folder: read_parquet(max((run/folder).glob('*.parquet')))
+    done,seen = last('completions'),last('drift').query("source=='fresh'")
+    pairs = [*zip(done.prompt_id, done.completion, strict=True), *zip(seen.prompt_id, seen.answer, strict=True)]
+    return [known[i] for i,_ in pairs],[a for _,a in pairs]
+
+def judge_run(run:Run, # A finished training run
+              judges:dict, # Name -> judge
+             )->pd.DataFrame: # From `cross_judge`
+    "The answers of a run before several judges"
+    return cross_judge(judges, *run_answers(run))
+
+# %% ../nbs/api/03b_exam.ipynb #70c6c896
+def examine_run(config:JudgeConfig, # Its `run` is a finished training run
+                base:dict, # calibration.json of the base judge
+               )->tuple[dict,pd.DataFrame,list]: # Verdict on the live judge; rows of `judge_run`; names of the judges that share the run's weights
+    "The exam with the live judge of a run, and the run's answers before its judges"
+    run,rubric,layout = trained(config.run),Rubric.load(config.rubric),base['layout']
+    asked = run.read_json('config.json'); exam = load_labelled(exam_path(config), rubric)
+    policy = load_policy(asked['model'], config.dtype, asked['resolved']['revision'], config.trust_remote_code, adapter=run/'adapter')
+    make = lambda R, parts, layout, fenced: Judge(policy, R, 'live', config.min_mass, layout=layout, parts=parts, fenced=fenced)
+    rows,_ = examine(make, exam, rubric, load_attacks(), (layout,))
+    live = dict(verdict(rows, rubric, layout, f'{run.model_slug} after {run.arm}'), **tables(rows, rubric, layout), rubric=rubric.hash, exam=exam.hash)
+    judges = {i: Judge(policy, rubric, i, config.min_mass, layout=layout) for i in ('base','live')}; own = list(judges)
+    if config.url or model_slug(config.model)!=run.model_slug: judges[config.model] = judge_maker(config, None if config.url else load_policy(config.model, config.dtype, config.revision, config.trust_remote_code), [])(rubric, None, layout, True)
+    said = judge_run(run, judges)
+    write_parquet(run/'exam'/'scores.parquet', rows); write_parquet(run/'exam'/'judges.parquet', said); run.write_json('exam/calibration.json', live)
+    return live,said,own
+
+def side_by_side(base:dict, live:dict)->pd.DataFrame: # One row per figure: base, live, limit
+    "The figures of two verdicts"
+    names = [k for k in base['found'] if k in LIMITS] + ['agreement_mean','agreement_min','noise_floor']
+    value = lambda v,k: v['found'].get(k, v.get(k))
+    return pd.DataFrame(dict(base=[value(base, k) for k in names], live=[value(live, k) for k in names], limit=[LIMITS.get(k) for k in names]), index=names).astype(float)
 
 # %% ../nbs/api/03b_exam.ipynb #f90415e8
 def rating_sheet(answers:pd.DataFrame, # Columns prompt, answer, and anything else that says where they come from
@@ -384,25 +481,45 @@ def rating_sheet(answers:pd.DataFrame, # Columns prompt, answer, and anything el
     return write_text(out/'sheet.csv', sheet.to_csv(index=False))
 
 # %% ../nbs/api/03b_exam.ipynb #14b68976
+def exam_table(exam:Exam)->pd.DataFrame: # prompt, answer, type
+    "Labelled answers as `rating_sheet` takes them"
+    return pd.DataFrame(dict(prompt=[p.text for p in exam.prompts], answer=exam.answers, type=exam.types))
+
 def read_ratings(sheets:list, # Filled sheets, one per reader
                  rubric:Rubric, # Whose points are allowed
-                )->pd.DataFrame: # reader, id, criterion, rating; empty cells are left out
-    "Filled sheets, checked"
-    out = []
-    for path in map(Path, sheets):
+                 key=None, # key.csv that was written with the sheet; without it repeats are not known
+                )->pd.DataFrame: # reader, id, criterion, rating, row, again; empty cells are left out
+    "Filled sheets, checked; `row` is the answer, `again` marks what a reader had rated before"
+    out,rows = [],None if key is None else pd.read_csv(key, index_col='id').row
+    for path in (Path(s).expanduser() for s in sheets):
         df = pd.read_csv(path, dtype=str, keep_default_na=False)
         if lost := [c for c in ['id',*rubric.paid_ids] if c not in df]: raise UserError(f"{path}: found no column {', '.join(lost)}, allowed: the columns of the sheet that went out")
         long = df.melt('id', rubric.paid_ids, 'criterion', 'rating'); long = long[long.rating.str.strip()!='']
         for n,r in zip(long.id, long.rating, strict=True):
             if r.strip() not in map(str, rubric.scale): raise UserError(f"{path}: {n}: found {r!r}, allowed: {', '.join(map(str, rubric.scale))}, or nothing")
-        out.append(long.assign(reader=path.stem, rating=long.rating.astype(int)))
-    return pd.concat(out, ignore_index=True)[['reader','id','criterion','rating']]
+        if rows is not None and (lost := [n for n in long.id if n not in rows]): raise UserError(f"{path}: id: found {lost[0]!r}, allowed: the ids of {key}")
+        long = long.assign(reader=path.stem, rating=long.rating.astype(int), row=long.id if rows is None else long.id.map(rows))
+        out.append(long.assign(again=long.sort_values('id', kind='stable').duplicated(['criterion','row'])))
+    return pd.concat(out, ignore_index=True)[['reader','id','criterion','rating','row','again']]
 
 def alpha(ratings:pd.DataFrame, # From `read_ratings`
          )->pd.Series: # Criterion -> alpha; NaN where everybody said the same
-    "Krippendorff's alpha for ordinal data, between readers (Krippendorff 2011)"
+    "Krippendorff's alpha for ordinal data, between readers (Krippendorff 2011); what a reader rated a second time is left out"
     import krippendorff
     def one(g):
-        wide = g.pivot_table(index='reader', columns='id', values='rating')
+        wide = g[~g.again].pivot_table(index='reader', columns='row', values='rating')
         return krippendorff.alpha(wide.to_numpy(dtype=float), level_of_measurement='ordinal') if len(wide)>1 and g.rating.nunique()>1 else np.nan
     return pd.Series({c: one(g) for c,g in ratings.groupby('criterion', sort=False)})
+
+def against_people(ratings:pd.DataFrame, # From `read_ratings`, with a key
+                   df:pd.DataFrame, # Rows of one condition, from `look`; `item` is the row of the answer
+                   rubric:Rubric, # Whose scale was used
+                  )->pd.DataFrame: # One row per criterion: answers, readers, alpha, same (share of repeats rated alike), spearman (judge and mean rating), shift (judge minus people, in [0, 1])
+    "The judge beside readers, and readers beside themselves"
+    scale,out,between = rubric.scale,[],alpha(ratings)
+    for c,g in ratings.groupby('criterion', sort=False):
+        twice = g.groupby(['reader','row']).rating.agg(['size','nunique']).query('size > 1')
+        both = pd.DataFrame(dict(known=g[~g.again].groupby('row').rating.mean(), value=df[df.criterion==c].set_index('item').value)).dropna()
+        out.append(dict(criterion=c, answers=len(both), readers=g.reader.nunique(), alpha=between[c], same=(twice['nunique']==1).mean() if len(twice) else np.nan, spearman=_order(both),
+                        shift=(both.value-(both.known-scale[0])/(scale[-1]-scale[0])).mean()))
+    return pd.DataFrame(out)

@@ -28,7 +28,7 @@ def point_probs(judge, # A `Judge`, or anything with `probs(prompt, answer)`
     "Probability of each point of the scale"
     if hasattr(judge, 'probs'): return np.asarray(judge.probs(prompt, answer), dtype=float)
     rows,_ = judge.rows([prompt], [answer])
-    with judge._weights() as net: _,((_,logps),) = judge._some(net, judge._head(net), rows)
+    with judge._weights() as net: ((_,logps),) = judge._some(net, judge._head(net), rows)
     return np.exp(logps[0].astype(float))
 
 # %% ../nbs/api/08a_explorer.ipynb #b31e5b8b

@@ -22,9 +22,9 @@ from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,e
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Average,Policy,_source,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
 from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
-from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,judge_prompt
-from .endpoint import EndpointJudge
-from .exam import calibration_for,check_layout
+from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,check_packing,judge_prompt
+from .endpoint import EndpointJudge,add_up
+from .exam import calibration_for,check_layout,judge_identity
 from .drift import PARALLEL,DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
 from .card import check_push,push,write_card
 
@@ -107,13 +107,15 @@ def own_weights(model:str, # Short name, hub id or local folder
                 rubric:Rubric, # Criteria to be scored
                 config:TrainConfig)->Judge:
     "A judge with weights of its own"
-    judge = Judge(load_policy(model, config.dtype, trust_remote_code=config.trust_remote_code), rubric, min_mass=config.min_mass, token_budget=config.token_budget, layout=config.layout)
+    policy = load_policy(model, config.dtype, trust_remote_code=config.trust_remote_code)
+    check_packing(policy, rubric, layout=config.layout)
+    judge = Judge(policy, rubric, min_mass=config.min_mass, token_budget=config.token_budget, layout=config.layout)
     judge.identity = 'external'
     return judge
 
 def external_judge(config:TrainConfig, rubric:Rubric): # A judge
     "The external judge that pays: a model of its own, or behind an endpoint"
-    if config.judge_url: return EndpointJudge(config.judge_url, config.judge_model, rubric, config.min_mass)
+    if config.judge_url: return EndpointJudge(config.judge_url, config.judge_model, rubric, config.min_mass, config.judge_timeout, config.judge_retries, layout=config.layout, price=config.judge_price)
     return own_weights(config.judge_model, rubric, config)
 
 # %% ../nbs/api/05_grpo.ipynb #af76017b
@@ -129,6 +131,7 @@ class RubricReward:
         self.average = Average(policy.model, c.ema_decay) if c.judge=='ema' else None
         make = lambda i: Judge(policy, self.rubric, i, c.min_mass, c.token_budget, c.layout, self.average)
         base = make('base')
+        self.spent = [self.run.read_json('judge_usage.json')] if (self.run/'judge_usage.json').is_file() and team().is_main_process else []
         self.judges = dict(base=base, pays=base if c.judge=='base' else external_judge(c, self.rubric) if c.judge=='external' else make(c.judge))
 
 # %% ../nbs/api/05_grpo.ipynb #f2aa8ce7
@@ -146,9 +149,23 @@ def __call__(self:RubricReward, prompts, completions, trainer_state, log_metric,
     failed = self.rubric.vetoed(base.value) | np.array([bool(r) for r in rules])
     floor = self.config.noise_floor or 0.; open_pay,closed = gate(pay, n, floor)
     rewards = arm_rewards(self.arm, open_pay, failed, n, derive(self.config.seed, 'shuffle', step), floor)
+    self._account()
     self.last = self._summary(asked, scores, pay, failed, closed)
     if team().is_main_process: self._keep(step, asked, texts, scores, base, pay, rewards, failed, rules)
     return [None if np.isnan(r) else float(r) for r in rewards[mine:mine+n_mine]]
+
+@patch
+def _account(self:RubricReward)->None:
+    "What an endpoint was asked for, by all processes and before every interruption, judge_usage.json"
+    if not (mine := getattr(self.judges['pays'], 'usage', None)): return
+    spent = add_up(of_all([mine, *self.spent]))
+    if team().is_main_process: self.run.write_json('judge_usage.json', spent)
+
+@patch
+def _memory(self:RubricReward)->dict:
+    "The smallest token budget of the judges here, and how often memory ran out"
+    own = [j for j in {id(j): j for j in self.judges.values()}.values() if hasattr(j, 'budget')]
+    return dict(judge_budget=min(j.budget for j in own), judge_halved=sum(j.halved for j in own))
 
 @patch
 def _summary(self:RubricReward, asked, scores, pay, failed, closed)->dict:
@@ -156,7 +173,7 @@ def _summary(self:RubricReward, asked, scores, pay, failed, closed)->dict:
     means = {c: float(np.nanmean(scores.value[:,i])) for i,c in enumerate(scores.ids) if np.isfinite(scores.value[:,i]).any()}
     paid = np.array([p.kind in self.rubric.paid_kinds for p in asked])
     return dict(score=float(np.nanmean(pay)) if np.isfinite(pay).any() else None, missing=float(np.isnan(pay[paid]).mean()) if paid.any() else 0., vetoed=float(failed.mean()), gated=float(closed.mean()),
-                mass=float(scores.mass.mean()), judged_cut=int(scores.cut.sum()),
+                mass=float(scores.mass.mean()), judged_cut=int(scores.cut.sum()), **self._memory(),
                 missing_by_criterion={c: float(np.isnan(scores.value[:,i]).mean()) for i,c in enumerate(scores.ids)}, criteria=means)
 
 # %% ../nbs/api/05_grpo.ipynb #05d28404
@@ -178,9 +195,9 @@ def paid_rubric(config:TrainConfig)->Rubric:
 # %% ../nbs/api/05_grpo.ipynb #92eb4208
 def known_judge(config:TrainConfig)->dict|None: # calibration.json
     "What calibration found of the judge that will pay: on the arm's rubric, else on hmx-feel, so that all arms of a model share one noise floor"
-    if config.judge_url: return None
-    rubrics = paid_rubric(config),Rubric.load('hmx-feel')
-    return next((c for R in rubrics if (c := calibration_for(config.root, config.judge_model or config.model, R))), None)
+    name,revision = (config.judge_model, '') if config.judge_model else (config.model, config.revision)
+    which = judge_identity(name, config.judge_url, config.min_mass, config.dtype, revision, config.trust_remote_code)
+    return next((c for R in (paid_rubric(config), Rubric.load('hmx-feel')) if (c := calibration_for(config.root, name, R, **which))), None)
 
 # %% ../nbs/api/05_grpo.ipynb #d8ca4dbc
 def resolve(config:TrainConfig)->TrainConfig: # No field left open
@@ -205,9 +222,9 @@ def check_paying_judge(config:TrainConfig)->None:
 # %% ../nbs/api/05_grpo.ipynb #75a6132c
 def judge_warnings(config:TrainConfig)->list[str]: # Nothing to say about a judge that was found fit
     "What a run should know of the judge that pays it"
-    known,who = known_judge(config),config.judge_model or config.model
-    if known is None: return [f"{who} has not been calibrated: whether it can judge is not known, and no group is gated; `02_judge` finds out"]
-    return [] if known['fit'] and not known['at_chance'] else [known['sentence']]
+    known,who = known_judge(config),(config.judge_model or config.model) + f" at {config.judge_url}"*bool(config.judge_url)
+    if known is None: return [f"{who} has not been calibrated: whether it can judge is not known{'' if config.noise_floor else ', and no group is gated'}; `02_judge` finds out"]
+    return [] if known['fit'] and not (known['at_chance'] or known.get('untested')) else [known['sentence']]
 
 # %% ../nbs/api/05_grpo.ipynb #2e38c4ef
 def generation_span(args)->int: # Steps
@@ -277,7 +294,7 @@ def check_reports(report_to:str)->None:
         if name not in have: raise UserError(f"report_to: found {name!r}, allowed: {', '.join(have)}, empty, or another logger of transformers once its package is installed{nearest(name, have)}")
 
 # %% ../nbs/api/05_grpo.ipynb #11dffd73
-UNTOLD = ('runs','run','replace','report_to','push_to_hub') # settings that the result does not depend on
+UNTOLD = ('runs','run','replace','report_to','push_to_hub','judge_price','judge_timeout','judge_retries') # settings that the result does not depend on
 
 def identity_of(config, arm, rubric, prompts, spec)->dict:
     "Everything that determines the result of a run"
@@ -626,7 +643,7 @@ def _close(trainer, checked, run, reward)->None:
     trainer.model.save_pretrained(str(run/'adapter'))
     write_card(run)
     if (share := run.metrics().missing).mean()>.05: logging.getLogger('hmx_feel').warning("%s: %s", run.path, missing_sentence(share))
-    usage = getattr(reward.judges['pays'], 'usage', None)
+    usage = {k: v for k,v in run.read_json('judge_usage.json').items() if k!='schema'} if (run/'judge_usage.json').is_file() else None
     run.finish(_result(run, checked) | (dict(judge_usage=usage) if usage else {}))
     repo = checked['config'].push_to_hub
     if repo: logging.getLogger('hmx_feel').warning("adapter and card are at %s", push(run, repo))

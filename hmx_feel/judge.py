@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'query_text', 'fence', 'Pieces', 'label_ids',
            'label_logps', 'Row', 'query_tree', 'pack', 'visible', 'pieces_of', 'Branches', 'branch_attention',
            'core_of', 'takes_branches', 'read_head', 'batch_rows', 'score_states', 'read_out', 'score_logits', 'Scores',
-           'read_scores', 'Judge', 'out_of_memory', 'check_judge']
+           'read_scores', 'Judge', 'out_of_memory', 'check_packing', 'check_judge']
 
 # %% ../nbs/api/03_judge.ipynb #74c1d9d6
 import logging,re,unicodedata,yaml
@@ -14,7 +14,7 @@ import numpy as np
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
 from .runs import UserError,content_hash,data_path,nearest
-from .rubric import Criterion,Rubric
+from .rubric import Criterion,Rubric,load_prompts
 from .policy import Average,Policy,as_base,frame,looking,plain_ids
 from fastcore.basics import patch
 
@@ -113,13 +113,19 @@ class Pieces:
         return pre + (ids[:limit] if cut else ids) + post, cut
 
 # %% ../nbs/api/03_judge.ipynb #a05f731a
+def _single(tokenizer, n:int)->str:
+    "The first even scale of n points that a tokenizer writes with single tokens, in words"
+    one = {k for k in range(100) if len(tokenizer(str(k), add_special_tokens=False)['input_ids'])==1}
+    found = next(((a,s) for s in range(1, 100//n+1) for a in (1, 0, *range(2, 100-s*(n-1))) if all(a+s*i in one for i in range(n))), None)
+    return f", such as {found[0]} to {found[0]+found[1]*(n-1)}" + f" in steps of {found[1]}"*(found[1]>1) if found else ''
+
 def label_ids(tokenizer, scale:list[int])->list[list[int]]: # Token ids of each point of the scale
     "The tokens that each score is written with"
     ids = [tokenizer(str(s), add_special_tokens=False)['input_ids'] for s in scale]
     lost = [s for s,i in zip(scale, ids, strict=True) if not i or tokenizer.unk_token_id in i]
     if lost: raise UserError(f"rubric: scale: this tokenizer has no tokens for the scores {lost}, allowed: numbers that it can write, such as 1 to 5")
     split = [s for s,i in zip(scale, ids, strict=True) if len(i) != 1]
-    if split: logging.getLogger('hmx_feel').warning("rubric: scale: this tokenizer writes the scores %s with several tokens; a scale of single tokens, such as 1 to 5, is judged faster", split)
+    if split: logging.getLogger('hmx_feel').warning("rubric: scale: this tokenizer writes the scores %s with several tokens; a scale of single tokens%s is judged faster", split, _single(tokenizer, len(scale)))
     return ids
 
 # %% ../nbs/api/03_judge.ipynb #eae93573
@@ -378,7 +384,7 @@ class Judge:
         room = policy.context - len(self.pieces.head)
         if room < 64: raise UserError(f"rubric: {rubric.name} takes {len(self.pieces.head)} of the model's {policy.context} tokens; shorten it or judge fewer dimensions")
     def _head(self, net):
-        if self.cached and (self.identity!='base' or self._kv is None): self._kv = read_head(net, self.pieces.head)
+        if self.cached and (self.identity in ('live','ema') or self._kv is None): self._kv = read_head(net, self.pieces.head)
         return self._kv
     @contextmanager
     def _weights(self):
@@ -420,15 +426,21 @@ def rows(self:Judge, prompts:list, answers:list[str], of=None)->tuple:
 
 # %% ../nbs/api/03_judge.ipynb #ab7401a7
 @patch
-def _some(self:Judge, net, kv, rows:list)->tuple: # Indices, log-probabilities of the labels (answers, criteria, labels)
-    "The first rows that fit the budget together, scored"
-    P,take = self.pieces,1
+def _fit(self:Judge, rows:list)->int:
+    "How many of the first rows fit the budget together, one at least"
+    take = 1
     while take < len(rows) and (take+1)*len(rows[take][0].ids) <= self.budget: take += 1
-    states = score_states(net, [r for r,_ in rows[:take]], kv, self.policy.tokenizer.pad_token_id)
+    return take
+
+@patch
+def _some(self:Judge, net, kv, rows:list)->list: # Of each row its indices and the log-probabilities of the labels (answers, criteria, labels)
+    "Rows scored together"
+    P = self.pieces
+    states = score_states(net, [r for r,_ in rows], kv, self.policy.tokenizer.pad_token_id)
     needed = sorted({t for l in P.labels for t in l}); at = {t:i for i,t in enumerate(needed)}
     short = [[at[t] for t in l] for l in P.labels]; stems = list(dict.fromkeys(tuple(l[:k]) for l in short for k in range(len(l))))
     def said(h): l = read_out(net, h); return label_logps((l[..., needed] - l.logsumexp(-1, keepdim=True)).cpu().numpy(), short, stems)
-    return take, [(idx,said(h)) for (_,idx),h in zip(rows[:take], states, strict=True)]
+    return [(idx,said(h)) for (_,idx),h in zip(rows, states, strict=True)]
 
 # %% ../nbs/api/03_judge.ipynb #6a3969e9
 @patch
@@ -436,16 +448,21 @@ def score(self:Judge, prompts:list, # One prompt per answer; equal prompts form 
           answers:list[str], # Texts to be scored
          )->Scores: # Arrays of shape (answers, criteria)
     "Score every answer by every criterion; mode, adapter, gradients and random state stay as found"
+    if len(prompts) != len(answers): raise ValueError(f"answers: found {len(answers)}, allowed: one for each of {len(prompts)} prompts")
     logps = np.full((len(answers), len(self.rubric.ids), len(self.rubric.scale)), -np.inf)
     rows,cuts = self.rows(prompts, answers)
     with self._weights() as net:
-        kv = self._head(net)
+        kv,read = None,False
         while rows:
-            try: take,said = self._some(net, kv, rows)
+            take = self._fit(rows)
+            try:
+                if not read: kv,read = self._head(net),True
+                said = self._some(net, kv, rows[:take])
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e): raise
-                self._halve(max(len(r.ids) for r,_ in rows))
+                least = len(rows[0][0].ids); self._halve(rows[:take])
                 rows,more = self.rows(prompts, answers, sorted(i for _,idx in rows for i in idx)); cuts |= more
+                if take==1 and len(rows[0][0].ids)>=least: raise UserError(f"judge: out of memory with one answer alone, {least} tokens behind {len(self.pieces.head)} of the rubric; use a smaller model, a shorter rubric or a machine with more memory") from None
                 continue
             for idx,x in said: logps[idx] = x
             rows = rows[take:]
@@ -457,38 +474,59 @@ def out_of_memory(e:Exception)->bool:
     return isinstance(e, MemoryError) or type(e).__name__=='OutOfMemoryError' or 'not enough memory' in str(e) or "can't allocate memory" in str(e)
 
 @patch
-def _halve(self:Judge, longest:int)->None:
-    "Half the budget, or the end"
+def _halve(self:Judge, failed:list)->None: # The rows that memory did not suffice for
+    "Half of what the failed rows took becomes the budget"
     import torch
-    self.budget = min(self.budget, 2*longest)//2; self.halved += 1
-    if self.budget < 256: raise UserError("judge: out of memory with a token budget below 256; use a smaller model, a shorter rubric or a machine with more memory")
+    self.budget = min(self.budget, len(failed)*len(failed[-1][0].ids))//2; self.halved += 1
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     logging.getLogger('hmx_feel').warning("judge: out of memory; the token budget is now %s", self.budget)
 
 # %% ../nbs/api/03_judge.ipynb #b361d5a6
-def check_judge(policy:Policy, rubric:Rubric, prompt, # A prompt to try it on
-                answer:str='It is a short reply.', # An answer to try it on
-                layout:str='rubric_first', # One of `LAYOUTS`
-               )->None:
-    "Refuse a model whose packed scores differ from plain ones, or whose base judge sees the adapter"
+def check_packing(policy:Policy, rubric:Rubric, # The model that is to judge, and by what
+                  prompt=None, # A prompt to try it on; the first of the probe set unless given
+                  answer:str='It is a short reply.', # An answer to try it on
+                  layout:str='rubric_first', # One of `LAYOUTS`
+                 )->None:
+    "Refuse a model whose packed scores differ from plain ones"
     import torch
-    net = policy.model; core = net.get_base_model() if hasattr(net, 'get_base_model') else net
+    net,core,prompt = policy.model,core_of(policy.model),prompt or load_prompts('hmx-feel', split='probe')[0]
     if not (hasattr(core, 'model') and hasattr(core, 'lm_head')): raise UserError(f"model: {type(core).__name__} cannot judge: found no model and lm_head in it, allowed: decoder-only causal language models")
-    look = lambda identity, average=None: Judge(policy, rubric, identity, min_mass=0, layout=layout, average=average).score([prompt], [answer]).value
-    first,P = look('base'),Pieces(policy.tokenizer, policy.spec, rubric, layout=layout)
+    packed,P = Judge(policy, rubric, min_mass=0, layout=layout).score([prompt], [answer]).value[0,0],Pieces(policy.tokenizer, policy.spec, rubric, layout=layout)
     with looking(net), as_base(net):
         whole = lambda query: torch.log_softmax(core(input_ids=torch.tensor([P.head + P.question(prompt.chat) + P.answer(answer)[0] + query], device=policy.device), logits_to_keep=1).logits[0,-1].float(), -1).cpu().numpy()
         logps = label_logps(np.stack([whole(q) for q in P.queries[:len(P.stems)]]), P.labels, P.stems)
     value = read_scores(logps[0], rubric.scale, 0)[0]
     tolerance = .05 if next(core.parameters()).dtype != torch.float32 else 1e-3
-    if not abs(value-first[0,0]) <= tolerance: raise UserError(f"model: {type(core).__name__} scores {first[0,0]:.4f} packed and {value:.4f} whole; its architecture is not one the judge knows")
-    if policy.adapted: _check_adapter(policy, first, look)
+    if not abs(value-packed) <= tolerance: raise UserError(f"model: {type(core).__name__} scores {packed:.4f} packed and {value:.4f} whole; its architecture is not one the judge knows")
+
+# %% ../nbs/api/03_judge.ipynb #0f264051
+def check_judge(policy:Policy, rubric:Rubric, prompt=None, # A prompt to try it on; the first of the probe set unless given
+                answer:str='It is a short reply.', # An answer to try it on
+                layout:str='rubric_first', # One of `LAYOUTS`
+               )->None:
+    "Refuse a policy whose packed scores differ from plain ones, whose base judge sees the adapter, or that judging changes"
+    check_packing(policy, rubric, prompt, answer, layout)
+    asked,was = prompt or load_prompts('hmx-feel', split='probe')[0],_state(policy.model)
+    look = lambda identity, average=None: Judge(policy, rubric, identity, min_mass=0, layout=layout, average=average).score([asked], [answer]).value
+    if policy.adapted: _check_adapter(policy, look)
+    for name,now in _state(policy.model).items():
+        if not all(_equal(a, b) for a,b in zip(was[name], now, strict=True)): raise UserError(f"judge: {name} of the policy changed while it judged; a run with this judge would not be the run without it")
+
+def _state(net)->dict: # Name -> list of flags and tensors
+    "What judging may not change"
+    import torch
+    kept = lambda t: None if t is None else t.detach().clone()
+    random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return {'mode': [m.training for m in net.modules()], 'trained weights': [p.requires_grad for p in net.parameters()], 'gradients': [kept(p.grad) for p in net.parameters()],
+            'adapter': [kept(p) for n,p in net.named_parameters() if 'lora_' in n], 'random state': random}
+
+def _equal(a, b)->bool: return a is b or (hasattr(a, 'equal') and hasattr(b, 'equal') and a.equal(b)) or (isinstance(a, bool) and a==b)
 
 # %% ../nbs/api/03_judge.ipynb #5b310e92
-def _check_adapter(policy, before, look):
+def _check_adapter(policy, look):
     "Disturb the adapter and put it back: base and ema must not notice, live must, and ema must once it has been brought up to date"
     import torch
-    average = Average(policy.model); still = look('ema', average)
+    average = Average(policy.model); before,still = look('base'),look('ema', average)
     loras = [w for n,w in policy.model.named_parameters() if 'lora_B' in n]; kept = [w.detach().clone() for w in loras]
     g = torch.Generator().manual_seed(0)
     try:

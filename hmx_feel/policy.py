@@ -262,12 +262,13 @@ def as_base(model):
 def looking(model):
     "Evaluation mode, no gradients, adapter and random state put back as found: for judging and probing"
     import torch
-    was = model.training
+    was = [(m, m.training) for m in model.modules()]
     devices = [next(model.parameters()).device] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
         try: yield model
-        finally: model.train(was)
+        finally:
+            for m,mode in was: m.training = mode
 
 # %% ../nbs/api/02_policy.ipynb #b39c0157
 class Average:

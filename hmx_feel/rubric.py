@@ -92,6 +92,9 @@ def _check_rubric(r)->None:
     for c in r.all:
         if c.id in seen: raise ValueError(f"id: found {c.id!r} twice, allowed: each id once")
         seen.add(c.id); _check_criterion(c, r.scale, c in r.veto)
+    for d in r.dimensions:
+        if not any(c.weight for c in r.criteria if c.dimension==d) and any(c.weight for c in r.criteria):
+            raise ValueError(f"criteria: dimension {d}: found weights that sum to 0, allowed: at least one above 0, or its criteria under held_out")
     if not sum(c.weight for c in r.criteria): raise ValueError("criteria: found weights that sum to 0, allowed: at least one weight above 0")
 
 # %% ../nbs/api/01_rubric.ipynb #b1be1975
@@ -158,15 +161,22 @@ def _place(raw:dict, # What stood in the file
     return '.'.join(words)
 
 # %% ../nbs/api/01_rubric.ipynb #a2d460b4
+_ROLES = ('criteria','held_out','veto')
+
 def _diff(a:Rubric, b:Rubric)->list[str]:
     "What differs, one line a field"
     out = [f"{k}: {getattr(a, k)!r} -> {getattr(b, k)!r}" for k in ('rates','referent','scale','applies_to') if getattr(a, k) != getattr(b, k)]
     mine, theirs = {c.id:c for c in a.all}, {c.id:c for c in b.all}
+    at = lambda r,i: next(k for k in _ROLES if any(c.id==i for c in getattr(r, k)))
     for i in dict.fromkeys([*mine, *theirs]):
         if i not in theirs: out.append(f"{i}: only in {a.name}"); continue
         if i not in mine: out.append(f"{i}: only in {b.name}"); continue
+        out += [f"{i}: {at(a, i)} -> {at(b, i)}"]*(at(a, i) != at(b, i))
         out += [f"{i}.{k}: {getattr(mine[i], k)!r} -> {getattr(theirs[i], k)!r}" for k in Criterion.model_fields
                 if getattr(mine[i], k) != getattr(theirs[i], k)]
+    for k in _ROLES:
+        both = [[c.id for c in getattr(r, k) if c.id in mine and c.id in theirs and at(a, c.id)==at(b, c.id)] for r in (a, b)]
+        if both[0] != both[1]: out.append(f"{k}: order {', '.join(both[0])} -> {', '.join(both[1])}")
     return out
 
 # %% ../nbs/api/01_rubric.ipynb #70716d3c
@@ -229,12 +239,19 @@ def _vetoed(r:Rubric,
 def _markdown(r:Rubric)->str:
     "The rubric as a table"
     cell = lambda s: str(s).replace('|', '\\|')
-    ends = sorted({k for c in r.all for k in c.anchors})
+    ends = sorted({k for c in r.all for k in c.anchors}); opposite = ['opposite question']*any(c.inverted for c in r.all)
     rows = [f"**{r.name}** rates {r.rates}. Referent: {r.referent}. Paid on: {', '.join(r.applies_to)}.", '',
-            f"| criterion | question | {' | '.join(map(str, ends))} |", '|-'*(len(ends)+2) + '|']
-    for role,cs in (('', r.criteria), (' (held out)', r.held_out), (' (veto)', r.veto)):
-        rows += [f"| {c.id}{role} | {cell(c.question)} | {' | '.join(cell(c.anchors.get(k, '')) for k in ends)} |" for c in cs]
+            f"| {' | '.join(['criterion', 'question', *map(str, ends), *opposite])} |", '|-'*(len(ends)+2+len(opposite)) + '|']
+    for role,cs in (('', r.criteria), ('held out', r.held_out), ('veto', r.veto)):
+        for c in cs:
+            texts = [c.question, *(c.anchors.get(k, '') for k in ends), *[(c.inverted or '') + f" At best: {c.inverted_top}."*bool(c.inverted_top)]*len(opposite)]
+            rows.append(f"| {c.id}{_notes(c, role)} | {' | '.join(map(cell, texts))} |")
     return '\n'.join(rows)
+
+def _notes(c:Criterion, role:str)->str:
+    "What is special about a criterion, in brackets"
+    notes = [f"{role} at {c.veto_at} or below" if role=='veto' else role]*bool(role) + [f"weight {c.weight:g}"]*(not role and c.weight!=1) + [f"on {', '.join(c.applies_to or [])}"]*(c.applies_to is not None)
+    return f" ({'; '.join(notes)})"*bool(notes)
 
 # %% ../nbs/api/01_rubric.ipynb #3d6dfc1e
 def _system_text(r:Rubric)->str:

@@ -166,6 +166,9 @@ _THREADS = Field(1, ge=1, description="torch threads; results are promised to re
 _DTYPE = Field('auto', description="number type of the weights; auto: float32 on a CPU, bfloat16 on a GPU that has it")
 _REVISION = Field('', description="hub revision; empty: the newest, resolved and recorded")
 _REMOTE = Field(False, description="run code that comes with the model: only for a model you trust")
+_PRICE = Field('', pattern=r'^(\d+(\.\d+)?, *\d+(\.\d+)?)?$', description="endpoint: price of a million tokens read and of a million written, such as 0.15,0.60; empty: cost is not counted")
+_TIMEOUT = Field(30., gt=0, description="endpoint: most seconds for a request")
+_RETRIES = Field(3, ge=0, description="endpoint: how often a failed request is repeated")
 _RUNS = Field('', description="folder of all runs; empty: $HMX_RUNS, else runs/ of the project, else ./runs")
 _REPLACE = Field(False, description="run again although a finished run with these settings exists")
 _Dtype = Literal['auto','float32','bfloat16','float16']
@@ -179,6 +182,9 @@ class TrainConfig(BaseConfig):
     judge:str = Field('base', description="judge that pays: base (adapter off), live (weights as they are now), ema (their running average) or external")
     judge_model:str = Field('', description="external judge: short name, hub id or local folder; behind judge_url, the model's name there")
     judge_url:str = Field('', description="external judge behind an OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key comes from $HMX_API_KEY")
+    judge_price:str = _PRICE
+    judge_timeout:float = _TIMEOUT
+    judge_retries:int = _RETRIES
     ema_decay:float = Field(.9, ge=0, lt=1, description="ema judge: what is kept of the average at each step")
     layout:str = Field('auto', description="judge prompt: rubric_first, criterion_last, or auto: what calibration chose, else rubric_first")
     noise_floor:float|None = Field(None, ge=0, le=1, description="a group whose pay spreads less than this is gated; None: what calibration measured, else no gate")
@@ -237,6 +243,11 @@ class JudgeConfig(BaseConfig):
     answers:str = Field('', description="JSONL file of labelled answers; empty: the shipped exam")
     layout:str = Field('auto', description="judge prompt: rubric_first, criterion_last, or auto: chosen on one half of the exam")
     url:str = Field('', description="OpenAI-compatible endpoint behind which the model is, such as http://localhost:8000/v1; its key comes from $HMX_API_KEY; empty: loaded here")
+    price:str = _PRICE
+    timeout:float = _TIMEOUT
+    retries:int = _RETRIES
+    run:str = Field('', description="folder of a finished run: its live judge sits the exam too, and the base judge and the live one score the answers of the run; empty: none")
+    ratings:str = Field('', description="filled rating sheets, comma-separated, beside the key.csv that went out with them; empty: none")
     arms:str = Field('forward,reverse,inverted,vicarious', description="arms whose headroom is looked at, comma-separated; empty: none")
     headroom_prompts:int = Field(48, ge=1, description="train prompts that the untrained model answers for the headroom")
     group_size:int = Field(8, ge=2, description="answers to each of them")

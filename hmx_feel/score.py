@@ -9,7 +9,7 @@ __all__ = ['ScoreConfig', 'read_answers', 'score_rows', 'score_answers', 'out_pa
 import numpy as np, pandas as pd
 from pathlib import Path
 from pydantic import Field,ValidationError
-from .runs import BaseConfig,UserError,_DTYPE,_Dtype,_MASS,_MODEL,_REMOTE,_REVISION,_THREADS,explain,nearest,numbered_rows,runs_root,write_parquet,write_text
+from .runs import BaseConfig,UserError,_DTYPE,_Dtype,_MASS,_MODEL,_PRICE,_REMOTE,_RETRIES,_REVISION,_THREADS,_TIMEOUT,explain,nearest,numbered_rows,runs_root,write_parquet,write_text
 from .rubric import Prompt,Rubric,load_prompts
 
 # %% ../nbs/api/10e_score.ipynb #74158755
@@ -19,6 +19,9 @@ class ScoreConfig(BaseConfig):
     rubric:str = Field('hmx-feel', min_length=1, description="rubric: a shipped name or a file")
     layout:str = Field('auto', description="judge prompt: rubric_first, criterion_last, or auto: what calibration chose, else rubric_first")
     url:str = Field('', description="OpenAI-compatible endpoint behind which the model is; its key comes from $HMX_API_KEY; empty: loaded here")
+    price:str = _PRICE
+    timeout:float = _TIMEOUT
+    retries:int = _RETRIES
     out:str = Field('', description="table to write, .csv or .parquet; empty: beside the answers, as NAME-scores.csv")
     min_mass:float = _MASS
     threads:int = _THREADS
@@ -79,10 +82,11 @@ def score_answers(path, # JSONL file of answers
                   config:ScoreConfig, # Rubric and judge
                  )->pd.DataFrame: # From `score_rows`
     "Score anybody's answers by a rubric"
-    from hmx_feel.exam import calibration_for,check_layout
+    from hmx_feel.exam import calibration_for,check_layout,judge_identity
     check_layout(config.layout)
     rubric = Rubric.load(config.rubric); prompts,answers,rest = read_answers(path)
-    known = None if config.url else calibration_for(runs_root(config.runs), config.model, rubric)
+    which = judge_identity(config.model, config.url, config.min_mass, config.dtype, config.revision, config.trust_remote_code)
+    known = calibration_for(runs_root(config.runs), config.model, rubric, **which)
     layout = (known or {}).get('layout', 'rubric_first') if config.layout=='auto' else config.layout
     judge = _judge(config, rubric, layout)
     order = {}
@@ -97,13 +101,14 @@ def score_answers(path, # JSONL file of answers
 def _judge(config:ScoreConfig, rubric:Rubric, layout:str):
     "The judge that is asked for"
     from hmx_feel.endpoint import EndpointJudge
-    from hmx_feel.judge import Judge
-    from hmx_feel.policy import check_model,load_policy
-    if config.url: return EndpointJudge(config.url, config.model, rubric, min_mass=config.min_mass, layout=layout)
-    check_model(config.model, config.revision, config.trust_remote_code)
+    from hmx_feel.judge import Judge,check_packing
+    from hmx_feel.policy import load_policy
+    if config.url: return EndpointJudge(config.url, config.model, rubric, min_mass=config.min_mass, timeout=config.timeout, retries=config.retries, layout=layout, price=config.price)
     import torch
     torch.set_num_threads(config.threads)
-    return Judge(load_policy(config.model, config.dtype, config.revision, config.trust_remote_code), rubric, min_mass=config.min_mass, layout=layout)
+    policy = load_policy(config.model, config.dtype, config.revision, config.trust_remote_code)
+    check_packing(policy, rubric, layout=layout)
+    return Judge(policy, rubric, min_mass=config.min_mass, layout=layout)
 
 # %% ../nbs/api/10e_score.ipynb #6bfc5bcc
 def out_path(path, # The answers

@@ -119,7 +119,7 @@ def query(text): return text.rsplit("Score ", 1)[1].rstrip(":")
 def test_scores_from_log_probabilities(serve):
     by = {FIRST: TORN, SECOND: {"2": .3, "3": .3, "So": .2}, THIRD: {"5": .4, "Well": .6}}
     server = serve(lambda n, text: told(by[query(text)]))
-    j = judge(server, price_in=.5, price_out=2)
+    j = judge(server, price="0.5,2")
     s = j.score([PROMPT] * 2, ["One.", "Two."])
     assert s.ids == RUBRIC.ids and s.value.shape == s.mass.shape == s.spread.shape == s.label.shape == (2, 3)
     for row in range(2):
@@ -197,6 +197,12 @@ def test_odd_log_probabilities(serve, logprobs, mass):
 def test_nothing_to_score(serve):
     s = judge(serve(lambda n, text: told(TORN))).score([], [])
     assert s.value.shape == (0, 3)
+
+
+def test_what_is_too_long_is_cut_and_counted(serve):
+    server = serve(lambda n, text: told(TORN))
+    scores = judge(server, longest=20).score([PROMPT] * 2, ["Short.", "x" * 21])
+    assert scores.cut.tolist() == [False, True] and "x" * 20 in server.text(5) and "x" * 21 not in server.text(5)
 
 
 def test_global_random_state_is_left_alone(serve):

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 
 from hmx_feel import exam
-from hmx_feel.exam import (Exam, agreement, at_chance, attacked, by_attack, calibration_for, choose_layout, cross_judge, examine, load_attacks,
+from hmx_feel.exam import (Exam, agreement, at_chance, attacked, by_attack, calibration_for, choose_layout, cross_judge, examine, judge_identity, load_attacks,
                            load_labelled, look, noise_floor, plain_rows, rating_sheet, read_ratings, sensitivity, verdict)
 from hmx_feel.judge import Judge, Scores, read_scores
 from hmx_feel.policy import load_policy
-from hmx_feel.rubric import Rubric
-from hmx_feel.runs import JudgeConfig, UserError, data_path
+from hmx_feel.rubric import Rubric, load_prompts
+from hmx_feel.runs import JudgeConfig, Run, UserError, data_path, read_parquet, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ class Planted:
     def __init__(self, rubric, how): self.rubric, self.how = rubric, how
     def score(self, prompts, answers):
         v = np.array([[self.how(i, c, a) for c in self.rubric.ids] for i, a in enumerate(answers)])
-        p = np.exp(-12 * np.abs(v[..., None] - np.linspace(0, 1, 5)))
+        p = np.exp(-12 * np.abs(v[..., None] - np.linspace(0, 1, len(self.rubric.scale))))
         p /= p.sum(-1, keepdims=True)
         return Scores(self.rubric.ids, *read_scores(np.log(p), self.rubric.scale), np.zeros(len(answers), bool))
 
@@ -84,6 +84,28 @@ def test_planted_bad_judges_are_declared_unfit(found, rubric, name, reason):
     assert not v["fit"] and reason in v["sentence"], v["sentence"]
 
 
+def test_absent_evidence_is_no_pass(found, rubric):
+    "Criteria with one known level, no opposite questions, no scores under attack: named, and not fit"
+    rows, layout = found["good"]
+    few = rows.assign(known=rows.known.where(~rows.criterion.isin(rubric.paid_ids[:2])))
+    v = verdict(few, rubric, layout)
+    assert v["fit"] and v["untested"] == rubric.paid_ids[:2] and "untested: " + ", ".join(rubric.paid_ids[:2]) in v["sentence"]
+    rest = rows[rows.form == "plain"]
+    v = verdict(rest.assign(known=rest.known.where(~rest.criterion.isin(rubric.paid_ids[:4]), 3.), value=rest.value.where(rest.set != "attack")), rubric, layout)
+    assert not v["fit"] and v["untested"] == rubric.paid_ids[:4] and v["at_chance"] == []
+    assert v["reasons"] == ["under attack it gives no score to 100% of the answers on one criterion", "untested: " + ", ".join([*rubric.paid_ids[:4], "attacks", "opposite questions"])]
+
+
+def test_opposite_shifts_do_not_cancel(found, rubric):
+    "One sort of attack moves half of the criteria up and half down, the others none: the mean is small and the judge unfit"
+    rows, layout = found["good"]
+    hit = rows.set.eq("attack") & rows.type.eq("fake_reply") & rows.fenced
+    up = rows.criterion.isin(rubric.paid_ids[::2])
+    moved = rows.assign(value=rows.value.where(~hit, np.where(up, rows.value + .3, rows.value - .3)))
+    v = verdict(moved, rubric, layout)
+    assert abs(v["found"]["injection"]) < .01 and v["reasons"] == ["one sort of attack (fake_reply) moves scores by 0.30"]
+
+
 def test_length_and_lot_are_at_chance_everywhere(found, rubric):
     for name in ("lot", "length"):
         rows, layout = found[name]
@@ -105,6 +127,14 @@ def test_the_better_layout_is_chosen(shipped, rubric):
     mixed = lambda first, last: pd.concat([look(first, half, rubric, layout="rubric_first"), look(last, half, rubric, layout="criterion_last")])
     assert choose_layout(mixed(lot, good)) == "criterion_last"
     assert choose_layout(mixed(good, lot)) == choose_layout(mixed(good, good)) == "rubric_first"
+
+
+def test_the_lowest_point_may_be_0(rubric, shipped):
+    "A label of 0 is a label; null and what is left out are not"
+    binary = rubric.model_copy(update=dict(scale=[0, 1]))
+    some = Exam(shipped.prompts[:4], shipped.answers[:4], [{"feeling.shade": l} for l in (0, 1, None)] + [{}], [""] * 4, ["report"] * 4)
+    known = look(lambda R, **how: Planted(R, lambda i, c, a: .5), some, binary).query("criterion=='feeling.shade'").known
+    np.testing.assert_array_equal(known, [0, 1, np.nan, np.nan])
 
 
 def test_agreement_worked_by_hand():
@@ -145,11 +175,12 @@ def test_tiny_is_fit_on_its_own_exam(rubric):
     part = Exam(*(x[:100] for x in (own.prompts, own.answers, own.labels, own.types, own.halves)))
     policy = load_policy("tiny", "float32")
     make = lambda R, parts, layout, fenced: Judge(policy, R, layout=layout, parts=parts, fenced=fenced)
-    rows, layout = examine(make, part, rubric, load_attacks()[::5])
+    rows, layout = examine(make, part, rubric, load_attacks()[::5], ("rubric_first",))
     v = verdict(rows, rubric, layout, "tiny")
-    assert v["at_chance"] == [] and v["agreement_min"] > .85 and v["found"]["r_inverted"] < -.5, v["sentence"]
+    assert v["fit"] and v["at_chance"] == [] and v["agreement_min"] > .85 and v["found"]["r_inverted"] < -.5, v["sentence"]
     moved = sensitivity(rows, layout).set_index("criterion").loc[rubric.paid_ids]
     assert moved.wording.max() < .1 and moved.length.abs().mean() < .05
+    assert moved[["injection", "injection_unfenced"]].abs().mean().max() < .05 and v["found"]["worst_attack"] < .1
 
 
 @pytest.mark.parametrize("line,words", [
@@ -177,10 +208,46 @@ def test_calibration_is_kept_and_found_again(tmp_path, rubric):
     config = JudgeConfig(answers=str(tmp_path / "few.jsonl"), runs=str(tmp_path / "runs"), arms="forward,vicarious", headroom_prompts=2, group_size=4, max_completion=24)
     run = exam.calibrate(config)
     assert run.finished and {"scores.parquet", "headroom.parquet", "calibration.json"} <= {p.name for p in run.path.iterdir()}
-    known = calibration_for(tmp_path / "runs", "tiny", rubric)
+    known = calibration_for(tmp_path / "runs", "tiny", rubric, **judge_identity("tiny"))
+    assert calibration_for(tmp_path / "runs", "tiny", rubric, **judge_identity("tiny", "http://localhost:1/v1")) is None
+    assert [r["criterion"] for r in known["criteria"]][:2] and {"injection", "spearman"} <= set(known["criteria"][0]) and {"fenced", "moved"} <= set(known["attacks"][0]) and known["types"]
+    room = read_parquet(run / "headroom.parquet")
+    assert dict(zip(room.criterion, room.floor, strict=True)) == pytest.approx({c: known["noise_floors"][c] for c in room.criterion})
+    assert exam.calibrate(config.model_copy(update=dict(ratings=str(run / "people" / "sheet.csv")))) == run, "ratings come later than the calibration"
     assert known["sentence"].startswith("tiny is") and known["layout"] in ("rubric_first", "criterion_last") and known["noise_floor"] >= 0
     assert calibration_for(tmp_path / "runs", "tiny", Rubric.load("hmx-vicarious")) is None
     with pytest.raises(UserError, match="is finished"): exam.calibrate(config)
+
+
+def test_the_live_judge_sits_the_exam(tmp_path, rubric, monkeypatch):
+    "Beside the base judge, and both before the run's answers; a folder that is no trained run is refused before anything loads"
+    import torch
+    from peft import LoraConfig, get_peft_model
+    rows = [json.loads(line) for line in data_path("tiny", "labelled").read_text().splitlines()[:8]]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    few = load_attacks()[::30]
+    monkeypatch.setattr(exam, "load_attacks", lambda: few)
+    run = Run.create(tmp_path, "tiny", "forward", 0, {})
+    run.update_json("config.json", dict(resolved=dict(prompts="hmx-feel", revision="")))
+    policy = load_policy("tiny", "float32")
+    net = get_peft_model(policy.model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if "lora_B" in n: p.add_(.05)
+    net.save_pretrained(str(run / "adapter"))
+    prompts = load_prompts("hmx-feel", split="probe")[:2]
+    write_parquet(run / "completions" / "000001.parquet", pd.DataFrame(dict(prompt_id=[p.id for p in prompts], completion=["A short reply.", "I am a program and have no feelings."])))
+    write_parquet(run / "drift" / "000001.parquet", pd.DataFrame(dict(prompt_id=[prompts[0].id] * 2, source=["fresh", "fixed"], answer=["It is closer to relief than to joy in me.", "Fixed."])))
+    config = JudgeConfig(answers=str(tmp_path / "few.jsonl"), runs=str(tmp_path), run=str(run.path))
+    with pytest.raises(UserError, match="not a finished training run"): exam.check_calibration(config)
+    run.finish({})
+    base = dict(layout="rubric_first", found={}, agreement_mean=1., agreement_min=1., noise_floor=0.)
+    live, said, own = exam.examine_run(config, base)
+    assert own == ["base", "live"] and said.item.nunique() == 3 and set(said.judge) == {"base", "live"}
+    wide = said.pivot(index=["item", "criterion"], columns="judge", values="value")
+    assert (wide.base != wide.live).any() and live["sentence"].startswith("tiny after forward is")
+    assert {p.name for p in (run / "exam").iterdir()} == {"scores.parquet", "judges.parquet", "calibration.json"}
+    assert exam.side_by_side(base, live).live[["agreement_mean", "agreement_min"]].notna().all() and calibration_for(tmp_path, "tiny", rubric) is None
 
 
 def test_people(tmp_path, rubric):
@@ -191,8 +258,13 @@ def test_people(tmp_path, rubric):
     assert "arm" not in sheet and "forward" not in sheet.to_csv() and len(sheet) == 22 and sheet.answer.tolist() != answers.answer.tolist()
     assert answers.answer[key.row].tolist() == sheet.answer.tolist() == key.answer.tolist()
     for who in ("ann", "ben"): sheet.assign(**{c: (key.row % 5 + 1).astype(str) for c in rubric.paid_ids}).to_csv(tmp_path / f"{who}.csv", index=False)
-    ratings = read_ratings([tmp_path / "ann.csv", tmp_path / "ben.csv"], rubric)
-    assert (exam.alpha(ratings) == 1).all() and len(ratings) == 2 * 22 * 9
+    ratings = read_ratings([tmp_path / "ann.csv", tmp_path / "ben.csv"], rubric, tmp_path / "key.csv")
+    assert (exam.alpha(ratings) == 1).all() and len(ratings) == 2 * 22 * 9 and ratings.again.sum() == 2 * 2 * 9
+    judge = pd.DataFrame([dict(item=i, criterion=c, value=(i % 5) / 4 / 2) for i in range(20) for c in rubric.paid_ids])
+    table = exam.against_people(ratings, judge, rubric)
+    assert (table.spearman > .99).all() and (table.same == 1).all() and (table.answers == 20).all() and table["shift"].to_list() == pytest.approx([-.25] * 9)
+    fickle = ratings.assign(rating=ratings.rating.where(~ratings.again, 6 - ratings.rating))
+    assert (exam.alpha(fickle) == 1).all() and (exam.against_people(fickle, judge, rubric).same < 1).all(), "a second rating is no second answer"
     sheet.assign(**{c: "7" for c in rubric.paid_ids}).to_csv(tmp_path / "eve.csv", index=False)
     with pytest.raises(UserError, match="eve.csv: r0000: found '7'"): read_ratings([tmp_path / "eve.csv"], rubric)
 
@@ -200,7 +272,7 @@ def test_people(tmp_path, rubric):
 def test_alpha_against_a_published_example():
     "Krippendorff 2011, 'Computing Krippendorff's Alpha-Reliability', section C with missing data: ordinal alpha 0.815"
     table = {"A": "1 2 3 3 2 1 4 1 2 . . .", "B": "1 2 3 3 2 2 4 1 2 5 . 3", "C": ". 3 3 3 2 3 4 2 2 5 1 .", "D": "1 2 3 3 2 4 4 1 2 5 1 ."}
-    rows = [dict(reader=r, id=f"u{i:02d}", criterion="x", rating=int(v)) for r, line in table.items() for i, v in enumerate(line.split()) if v != "."]
+    rows = [dict(reader=r, row=i, again=False, criterion="x", rating=int(v)) for r, line in table.items() for i, v in enumerate(line.split()) if v != "."]
     assert exam.alpha(pd.DataFrame(rows))["x"] == pytest.approx(.815, abs=5e-4)
 
 

@@ -61,8 +61,15 @@ def test_criterion_last_equals_whole_prompts(policy, side, monkeypatch):
     monkeypatch.setattr(policy.tokenizer, "padding_side", side)
     prompts = load_prompts("hmx-feel", split="probe")[:2]
     judge = Judge(policy, few(), min_mass=0, layout="criterion_last")
-    assert all(len(idx) == 1 for _, idx in judge.rows(prompts, ANSWERS[:2])[0])
     assert_equal_to_plain(judge, [prompts[0]] * 3 + [prompts[1]], ANSWERS)
+
+
+def test_long_answers_equal_whole_prompts(policy):
+    "200 tokens beside a short one: beyond the standin's window, and beyond one piece"
+    long = "A looser relief would have let the last line stand. " * 20
+    judge = Judge(policy, few(1), min_mass=0)
+    assert len(judge.pieces.answer(long)[0]) >= 200
+    assert_equal_to_plain(judge, [load_prompts("hmx-feel", split="probe")[0]] * 2, [long, "No."])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,14 +161,19 @@ def test_the_answer_cannot_leave_its_fence(policy):
     assert policy.tokenizer.decode(ids).count("</reply>") == 1
 
 
-def test_judging_leaves_no_trace(policy):
-    prompt = load_prompts("hmx-feel", split="probe")[0]
+@pytest.mark.parametrize("identity", ["base", "live", "ema"])
+def test_judging_leaves_no_trace(tmp_path, identity):
+    "Modes of single modules, gradients, what is trained, adapter, random state"
+    policy = adapted(tmp_path)
     net = policy.model.train()
+    net.get_base_model().lm_head.eval()
+    ids = torch.tensor([policy.tokenizer("A short reply.")["input_ids"]])
+    net(input_ids=ids, labels=ids).loss.backward()
     torch.manual_seed(3)
-    before = torch.get_rng_state()
-    Judge(policy, Rubric.load("hmx-feel")).score([prompt], ["Hello there."])
-    assert net.training and torch.equal(before, torch.get_rng_state())
-    net.eval()
+    before = judging._state(net)
+    assert any(g is not None and g.abs().sum() > 0 for g in before["gradients"]) and len(set(before["mode"])) == 2
+    Judge(policy, few(), identity, average=Average(net)).score(load_prompts("hmx-feel", split="probe")[:1], ["Hello there."])
+    for name, now in judging._state(net).items(): assert all(map(judging._equal, before[name], now)), name
 
 
 def test_base_judge_ignores_the_adapter_and_live_follows_it(tmp_path):
@@ -238,7 +250,13 @@ def test_start_up_check(tmp_path, layout, monkeypatch):
     kept = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     check_judge(policy, rubric, prompt, layout=layout)
     assert all(torch.equal(p, kept[n]) for n, p in policy.model.named_parameters())
-    from contextlib import nullcontext
+    from contextlib import contextmanager, nullcontext
+    with monkeypatch.context() as m:
+        @contextmanager
+        def looking(net): yield net.eval()
+        m.setattr(judging, "looking", looking)
+        policy.model.train()
+        with torch.no_grad(), pytest.raises(UserError, match="mode of the policy changed"): check_judge(policy, rubric, prompt, layout=layout)
     monkeypatch.setattr(judging, "as_base", nullcontext)
     with pytest.raises(UserError, match="base judge's scores moved"): check_judge(policy, rubric, prompt, layout=layout)
 
@@ -258,7 +276,29 @@ def test_out_of_memory_halves_the_budget_and_goes_on(policy, monkeypatch, caplog
     assert judge.halved >= 1 and calls[0] > 600 >= calls[-1] and "out of memory" in caplog.text
     np.testing.assert_allclose(scores.value, np.tile(whole.value, (3, 1)), atol=1e-5)
     monkeypatch.setattr(judging, "score_states", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(UserError, match="out of memory"): Judge(policy, rubric).score([prompt] * 4, ANSWERS)
+    with pytest.raises(UserError, match="out of memory with one answer alone"): Judge(policy, rubric).score([prompt] * 4, ANSWERS)
+
+
+def test_half_of_what_failed_becomes_the_budget(tmp_path, monkeypatch):
+    "The batch that failed counts, not the longest row that is still to come; an error while the rubric is read is caught too"
+    policy, prompt = adapted(tmp_path), load_prompts("hmx-feel", split="probe")[0]
+    judge, failed, real = Judge(policy, few(1), min_mass=0, token_budget=4096), [], Judge._some
+    def some(self, net, kv, rows):
+        if failed: return real(self, net, kv, rows)
+        failed.append(rows)
+        raise MemoryError
+    monkeypatch.setattr(Judge, "_some", some)
+    judge.score([prompt] * 2 + [prompt.model_copy(update=dict(id="other"))], ["No."] * 2 + ["word " * 3000])
+    assert len(failed[0]) == 1 and judge.budget == len(failed[0][0][0].ids) // 2 < 200
+    head, calls = judging.read_head, []
+    def read_head(*a):
+        calls.append(1)
+        if len(calls) == 1: raise MemoryError
+        return head(*a)
+    monkeypatch.setattr(judging, "read_head", read_head)
+    fresh = Judge(policy, few(1), min_mass=0)
+    assert np.isfinite(fresh.score([prompt] * 2, ["No.", "Yes."]).value).all() and fresh.halved == 1
+    with pytest.raises(ValueError, match="one for each of 1 prompts"): fresh.score([prompt], ["No.", "Yes."])
 
 
 def test_other_errors_are_not_taken_for_memory(policy, monkeypatch):

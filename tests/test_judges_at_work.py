@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from hmx_feel.grpo import check_run, gate, judge_warnings, known_judge, resolve, train
+from hmx_feel.endpoint import add_up
+from hmx_feel.exam import judge_identity
+from hmx_feel.grpo import RubricReward, check_run, external_judge, gate, judge_warnings, known_judge, resolve, train
 from hmx_feel.judge import judge_prompt
 from hmx_feel.rubric import Rubric
 from hmx_feel.runs import Run, TrainConfig, UserError, content_hash, read_parquet
@@ -11,10 +13,10 @@ from hmx_feel.runs import Run, TrainConfig, UserError, content_hash, read_parque
 SMALL = dict(steps=3, max_completion=64, probe_every=3, completions_per_step=16, save_every=3, max_missing=1.)
 
 
-def calibrated(root, fit=True, layout="rubric_first", noise_floor=.5, model="tiny", rubric="hmx-feel"):
+def calibrated(root, fit=True, layout="rubric_first", noise_floor=.5, model="tiny", rubric="hmx-feel", **which):
     "A calibration as `02_judge` leaves it"
     R = Rubric.load(rubric)
-    run = Run.create(root, model, "judge", 0, dict(rubric=R.hash, judge_prompt=content_hash(judge_prompt())))
+    run = Run.create(root, model, "judge", 0, judge_identity(model, **which) | dict(rubric=R.hash, judge_prompt=content_hash(judge_prompt())))
     run.write_json("calibration.json", dict(fit=fit, at_chance=[], layout=layout, noise_floor=noise_floor, sentence="tiny is fit." if fit else "tiny is not fit: it pays for length."))
     return run.finish({})
 
@@ -76,9 +78,32 @@ def test_calibration_is_read(tmp_path, caplog):
     asked = resolve(TrainConfig(runs=str(tmp_path), layout="rubric_first", noise_floor=.2))
     assert (asked.layout, asked.noise_floor) == ("rubric_first", .2)
     assert judge_warnings(TrainConfig(runs=str(tmp_path))) == ["tiny is not fit: it pays for length."]
-    assert known_judge(TrainConfig(runs=str(tmp_path), judge="external", judge_model="m", judge_url="http://localhost:1/v1")) is None
+    assert known_judge(TrainConfig(runs=str(tmp_path), min_mass=.6)) is None and "no group is gated" not in judge_warnings(TrainConfig(runs=str(tmp_path), min_mass=.6, noise_floor=.1))[0]
     ids = {content_hash(check_run(TrainConfig(runs=str(tmp_path), noise_floor=f))["identity"]) for f in (None, .2)}
     assert len(ids) == 2, "the noise floor decides what is paid and belongs to the run's identity"
+
+
+def test_an_endpoint_has_calibrations_of_its_own(tmp_path):
+    "It may carry the name of a local model; address, price, timeout and retries reach the judge, and its account outlives an interruption"
+    url = "http://localhost:1/v1"
+    config = TrainConfig(runs=str(tmp_path), judge="external", judge_model="tiny", judge_url=url + "/", layout="criterion_last", judge_price="1, 2", judge_timeout=7, judge_retries=1)
+    calibrated(tmp_path, noise_floor=.1)
+    assert known_judge(config) is None and f"tiny at {url}" in judge_warnings(config)[0]
+    calibrated(tmp_path, noise_floor=.2, url=url)
+    assert known_judge(config)["noise_floor"] == .2 and known_judge(TrainConfig(runs=str(tmp_path)))["noise_floor"] == .1
+    judge = external_judge(config, Rubric.load("hmx-feel"))
+    assert (judge.timeout, judge.retries, judge.prices) == (7, 1, (1, 2)) and "feeling.shade" not in judge.head
+    assert content_hash(check_run(config)["identity"]) == content_hash(check_run(config.model_copy(update=dict(judge_price="", judge_timeout=9.)))["identity"])
+    run = Run(tmp_path / "spent")
+    for sitting in (1, 2):
+        reward = RubricReward(None, None, [], config, run)
+        reward.spent = [run.read_json("judge_usage.json")] if sitting == 2 else []
+        judge.usage.update(requests=10, cost=.5, logprobs=True)
+        reward.judges = dict(pays=judge)
+        reward._account()
+        assert (run.read_json("judge_usage.json")["requests"], run.read_json("judge_usage.json")["cost"]) == (10 * sitting, .5 * sitting)
+    assert add_up([judge.usage, dict(judge.usage, logprobs=False)])["logprobs"] is False
+    with pytest.raises(UserError, match="judge_price"): TrainConfig(judge_price="cheap")
 
 
 @pytest.mark.parametrize("change,words", [
