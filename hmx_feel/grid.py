@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'ALL', 'SMALL', 'ASSUMED', 'PROMPT', 'QUERY', 'HEAD', 'GIB', 'TEXT', 'ASKED', 'Grid', 'params_of',
-           'variants', 'panels_of', 'load_grid', 'check_names', 'GridJob', 'slug_of', 'judges_of', 'jobs_of',
-           'grid_folder', 'model_config', 'Size', 'size_of', 'step_seconds', 'resolved', 'measured_step', 'Cost',
-           'asked_of', 'cost_of', 'need_of']
+           'variants', 'panels_of', 'load_grid', 'check_names', 'GridJob', 'slug_of', 'judges_of', 'exams_of',
+           'jobs_of', 'grid_folder', 'model_config', 'Size', 'size_of', 'step_seconds', 'resolved', 'measured_step',
+           'Cost', 'asked_of', 'cost_of', 'need_of']
 
 # %% ../nbs/api/10b_grid.ipynb #751073bb
 import hashlib,itertools,re
@@ -150,7 +150,11 @@ def check_names(grid:Grid, where:str)->Grid: # The same
     "Everything that can be refused without a model, a GPU or a network"
     _check_names(grid, where)
     for m in grid.models:
-        for s in SECTIONS: _check_values(params_of(grid, s, m), s, where)
+        for s in SECTIONS:
+            for p in exams_of(grid, m) if s=='calibrate' else [params_of(grid, s, m)]: _check_values(p, s, where)
+        rubrics = {str(p['rubric']) for _,p in variants(grid, m) if p.get('rubric')}
+        for r in [e['rubric'] for e in exams_of(grid, m)[1:]]:
+            if r not in rubrics: raise UserError(f"{where}: calibrate.answers: found {r!r}, allowed: rubrics of train.rubric, {', '.join(sorted(rubrics)) or 'of which there is none'}{nearest(r, rubrics)}")
         for p in panels_of(grid, m):
             known = data_names('tasks/panels')
             if p not in known and not Path(p).expanduser().is_file(): raise UserError(f"{where}: evaluate.panel: found {p!r}, allowed: an existing file or one of {', '.join(known)}{nearest(p, known)}")
@@ -181,6 +185,22 @@ def judges_of(grid:Grid, model:str)->list[str]: # The model itself first
     for _,p in variants(grid, model):
         if p.get('judge')=='external' and p.get('judge_model') and not p.get('judge_url'): out.append(p['judge_model'])
     return list(dict.fromkeys(out))
+
+def exams_of(grid:Grid, model:str)->list[dict]: # Parameters of 02_judge, one set for each calibration of a judge
+    "By the shipped exam, and by every rubric that has labelled answers of its own"
+    params = params_of(grid, 'calibrate', model); answers = params.get('answers')
+    if not isinstance(answers, dict): return [params]
+    rest = {k:v for k,v in params.items() if k!='answers'}
+    return [rest, *(rest | dict(rubric=r, answers=a) for r,a in answers.items())]
+
+def _calibrations(grid, root, model)->list[GridJob]:
+    "Every judge by every exam"
+    out = []
+    for j in judges_of(grid, model):
+        for e in exams_of(grid, model):
+            name = ' '.join([f'{j} 02_judge', *([f'for {model}'] if j!=model else []), *([str(e['rubric'])] if e.get('rubric') else [])])
+            out.append(GridJob(name, '02_judge', e | dict(model=j, runs=str(root)), model=model, arm='judge'))
+    return out
 
 def _measure(grid, root, model, arm, seed, variant, after)->list[GridJob]:
     "One evaluation for each panel, one after the other: they share the run's folder"
@@ -218,7 +238,7 @@ def jobs_of(grid:Grid, # A grid
     root = Path(root); folder,out = grid_folder(grid, root),[]
     arms,measured = {a: load_arm(a).trained for a in grid.arms},{}
     for m in grid.models:
-        judged = [GridJob(f'{j} 02_judge' + (f' for {m}' if j!=m else ''), '02_judge', params_of(grid, 'calibrate', m) | dict(model=j, runs=str(root)), model=m, arm='judge') for j in judges_of(grid, m)]
+        judged = _calibrations(grid, root, m)
         base = _measure(grid, root, m, 'base', None, '', ())
         still = [j for a in arms if not arms[a] for j in _measure(grid, root, m, a, None, '', ())]
         out += [*judged, *base, *still]; labels = tuple(j.label for j in judged)

@@ -244,7 +244,7 @@ def judged_by_ledger(root, job:GridJob, stamp:str, book:Ledger, whole:bool, # As
     if good and good.get('stamp')==stamp:
         if wrong := edited(root, good, whole):
             since = (others or {}).get((spot_of(good['path']), job.panel), good)
-            if since['time'] > good['time'] and not edited(root, since, whole): return replace(out, word='changed', path=good['path'], note=f"measured by grid {since['grid']} since")
+            if since['path']==good['path'] and since['time'] > good['time'] and not edited(root, since, whole): return replace(out, word='changed', path=good['path'], note=f"measured by grid {since['grid']} since")
             return replace(out, word='edited', path=good['path'], note=wrong)
         return replace(out, word='finished', path=good['path'])
     if last and last['event']=='failed' and last.get('stamp')==stamp: return replace(out, word='failed', note=last.get('error', ''))
@@ -312,7 +312,7 @@ class Progress:
 # %% ../nbs/api/10c_ledger.ipynb #aea3f8a3
 def _own_quick(job:GridJob, kept:dict)->str:
     "`own_stamp` with the parts that many jobs share computed once"
-    shared = (job.notebook, job.model, job.arm, job.variant, job.panel, 'seed' in job.params, job.params.get('model'))
+    shared = (job.notebook, job.model, job.arm, job.variant, job.panel, 'seed' in job.params, job.params.get('model'), job.params.get('rubric'))
     if shared not in kept: kept[shared] = own_stamp(replace(job, params={k:v for k,v in job.params.items() if k!='seed'}))
     return f"{kept[shared]}:{job.params.get('seed')}"
 
@@ -519,7 +519,8 @@ def _shows_life(path:Path)->bool: # A file that its writer touches at regular in
 def _driven(p:Progress)->bool:
     "Whether a driver of this grid is at work"
     lock = p.root/'grids'/'.lock'
-    return lock.is_file() and lock.stat().st_size > 0 and read_json(lock).get('grid')==p.grid.name and _shows_life(lock)
+    try: return lock.is_file() and read_json(lock).get('grid')==p.grid.name and _shows_life(lock)
+    except UserError: return False  # it is being written
 
 # %% ../nbs/api/10c_ledger.ipynb #8eca6165
 WORDS = ('finished','running','queued','todo','changed','stale','lost','failed','blocked','edited')
