@@ -533,7 +533,7 @@ def status_text(p:Progress)->str:
         count[s.word] = count.get(s.word, 0)+1
     wide = max(len(f'{m} {w}') for m,w in rows)+2
     for (m,w),count in rows.items(): out.append(f"  {f'{m} {w}'.ljust(wide)}" + ', '.join(f"{count[k]} {k}" for k in WORDS if k in count))
-    told = [s for s in p.states.values() if s.word in ('failed','edited','lost','stale','running')]
+    told = [s for s in p.states.values() if s.word in ('failed','edited','lost','stale','running') or s.word=='changed' and s.note]
     out += [f"{s.word}: {s.job.label}" + (f": {s.note}" if s.note else '') for s in told[:20]] + [f"and {len(told)-20} more"]*(len(told) > 20)
     return '\n'.join([*out, *_left_out(p), *commits(p)])
 
