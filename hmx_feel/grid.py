@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'ALL', 'SMALL', 'ASSUMED', 'PROMPT', 'QUERY', 'HEAD', 'GIB', 'TEXT', 'ASKED', 'Grid', 'params_of',
-           'variants', 'panels_of', 'load_grid', 'check_names', 'GridJob', 'slug_of', 'judges_of', 'exams_of',
+           'variants', 'panels_of', 'exams_of', 'load_grid', 'check_names', 'GridJob', 'slug_of', 'judges_of',
            'jobs_of', 'grid_folder', 'model_config', 'Size', 'size_of', 'step_seconds', 'resolved', 'measured_step',
            'Cost', 'asked_of', 'cost_of', 'need_of']
 
@@ -123,6 +123,13 @@ def panels_of(grid:Grid, model:str)->list[str]: # At least one
     return v if isinstance(v, list) else [v]
 
 # %% ../nbs/api/10b_grid.ipynb #5623cac2
+def exams_of(grid:Grid, model:str)->list[dict]: # Parameters of 02_judge, one set for each calibration of a judge
+    "By the shipped exam, and by every rubric that has labelled answers of its own"
+    params = params_of(grid, 'calibrate', model); answers = params.get('answers')
+    if not isinstance(answers, dict): return [params]
+    rest = {k:v for k,v in params.items() if k!='answers'}
+    return [rest, *(rest | dict(rubric=r, answers=a) for r,a in answers.items())]
+
 def load_grid(name, # A shipped grid, or a YAML file
              )->Grid: # Checked as far as it can be without a model
     "A grid by its name"
@@ -185,13 +192,6 @@ def judges_of(grid:Grid, model:str)->list[str]: # The model itself first
     for _,p in variants(grid, model):
         if p.get('judge')=='external' and p.get('judge_model') and not p.get('judge_url'): out.append(p['judge_model'])
     return list(dict.fromkeys(out))
-
-def exams_of(grid:Grid, model:str)->list[dict]: # Parameters of 02_judge, one set for each calibration of a judge
-    "By the shipped exam, and by every rubric that has labelled answers of its own"
-    params = params_of(grid, 'calibrate', model); answers = params.get('answers')
-    if not isinstance(answers, dict): return [params]
-    rest = {k:v for k,v in params.items() if k!='answers'}
-    return [rest, *(rest | dict(rubric=r, answers=a) for r,a in answers.items())]
 
 def _calibrations(grid, root, model)->list[GridJob]:
     "Every judge by every exam"
