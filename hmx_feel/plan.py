@@ -137,7 +137,7 @@ def _buy(plan:Plan)->list[str]:
         more = [o for o in known if o!=m]
         if more: out.append("Then the same for another model, to tell whether it was that model: " + ', '.join(f"{o} {hours(plan.of(o, core).hours)}" for o in more) + '.')
         rest = [a for a in g.arms if a not in core]
-        if rest: out.append(f"Last the other arms, for the secondary questions: {', '.join(f'{a} {hours(plan.of(None, (a,)).hours)}' for a in rest)} over all models.")
+        if rest: out.append(f"Last the other arms, for the secondary questions: {', '.join(f'{a} {hours(plan.of(None, (a,)).hours)}' for a in rest)}{' over all models' if more else ''}.")
         out.append("To buy a part, copy the file, take out models and arms, and plan again; what is there already is not run twice.")
     for n in sorted({len(g.seeds_of(m)) for m in g.models}):
         if n in SEEDS and sum(load_arm(a).trained for a in g.arms)==POOLED: out.append(f"{n} seeds ({', '.join(m for m in g.models if len(g.seeds_of(m))==n)}) show a difference of {SEEDS[n]} standard deviations between runs, or more.")
