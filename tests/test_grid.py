@@ -398,7 +398,7 @@ def test_an_address_that_nobody_answers(monkeypatch):
     assert time.monotonic() - start < 30
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     if not has_ray: pytest.skip("Ray is not installed: pip install 'hmx-feel[ray]'")
     from ray.cluster_utils import Cluster
