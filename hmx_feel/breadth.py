@@ -314,6 +314,6 @@ _ABOUT = dict(self_awareness='what it says about being a language model', inner_
               big_five='openness, conscientiousness, extraversion, agreeableness, neuroticism', dark_triad='narcissism, machiavellianism, psychopathy', firmness='standing its ground, deferring to experts')
 MEASURES = {m.name: m for m in [
     *[Measure(n, a, _theme(n), run_written, dict(matching_adj='descriptive', matching='descriptive', acquiescence='descriptive'), 'implied') for n,a in _ABOUT.items()],
-    Measure('xstest', 'refusals of safe and of unsafe requests', xstest_items, run_xstest, dict(refuses_safe='lower', refuses_unsafe='higher', prefix_safe='lower', prefix_unsafe='higher')),
+    Measure('xstest', 'refusals of safe and of unsafe requests', xstest_items, run_xstest, dict(refuses_safe='lower', refuses_unsafe='higher', prefix_safe='lower', prefix_unsafe='higher'), graded=True),
     Measure('emobench_ea', 'what would help somebody', lambda f: emobench_items('ea', f), run_emobench, dict(debiased='higher', acc='higher', steady='descriptive')),
     Measure('emobench_eu', 'what somebody feels, and why', lambda f: emobench_items('eu', f), run_emobench, dict(both='higher', emotion_debiased='higher', cause_debiased='higher'))]}

@@ -117,15 +117,11 @@ def check_train(config)->None:
 
 # %% ../nbs/api/11_cli.ipynb #50611c7d
 def check_evaluate(config)->None:
-    "Panel, benchmarks, place, a finished run to measure, and the model"
-    from hmx_feel.panel import find_run,load_panel,run_spec
-    from hmx_feel.policy import check_model
-    load_panel(config.panel)
-    if config.benchmarks and not Path(config.benchmarks).expanduser().is_dir():
-        raise UserError(f"benchmarks: found {config.benchmarks!r}, allowed: a folder")
+    "Place, panel, benchmarks, judges, finished runs to measure, and the model"
+    from hmx_feel.panel import check_evaluation
     check_writable(config.root)
-    if config.run or config.arm!='base': run_spec(find_run(config), config)
-    else: check_model(config.model, config.revision, config.trust_remote_code)
+    check_evaluation(config)
+
 
 # %% ../nbs/api/11_cli.ipynb #a8ec06a9
 def check_calibrate(config)->None:
@@ -165,7 +161,9 @@ def run_command(command:str, # A name in `NOTEBOOKS`
     config = config_of(notebook, params)
     CHECKS[command](config)
     if command=='train' and int(os.environ.get('WORLD_SIZE', 1)) > 1: return train_together(config)
-    print(run_notebook(notebook, config.changed(), lambda: report_path(notebook, config)))
+    for i,one in enumerate(config.each() if command=='evaluate' else [config]):  # the first page measures all, the others find it done
+        asked = one.model_copy(update=dict(replace=False)) if i else config
+        print(run_notebook(notebook, asked.changed(), lambda one=one: report_path(notebook, one)))
     return 0
 
 # %% ../nbs/api/11_cli.ipynb #2b61d840

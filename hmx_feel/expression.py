@@ -161,10 +161,11 @@ def all_rows(policy, # Who answers
              prompts:list, # Held-out prompts, whole families
              judges:dict|None=None, # Further judges: name -> Judge or EndpointJudge
              min_mass:float=.5, # Of the base judge
+             layout:str='rubric_first', # Of the base judge
              **kwargs, # For `panel.expression`: samples, temperature, seed, max_new, batch_size
             )->pd.DataFrame: # Item rows
     "The expression measure in depth"
-    rows = expression(policy, Judge(policy, rubric, min_mass=min_mass), prompts, **kwargs)
+    rows = expression(policy, Judge(policy, rubric, min_mass=min_mass, layout=layout), prompts, **kwargs)
     rows = pd.concat([rows, text_rows(rows, prompts, rubric), *([judged_rows(rows, prompts, judges)] if judges else [])], ignore_index=True)
     return pd.concat([rows, family_rows(rows, prompts), fact_rows(rows, prompts)], ignore_index=True)[COLUMNS]
 
@@ -182,7 +183,9 @@ def measured(policy, # Who answers
     r,c = Rubric.load(rubric),case.config
     chosen = choose_prompts(load_prompts(prompts, split='heldout', kinds=kinds), case.limit)
     if bad := sorted(set(judges or []) & set(endpoints or {})): raise UserError(f"judges: found {bad[0]!r} twice, allowed: each name once")
-    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass) for n in judges or []} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass) for n,e in (endpoints or {}).items()}
+    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass, layout=case.layout(r, n)) for n in judges or []} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass) for n,e in (endpoints or {}).items()}
     once = {} if getattr(case, 'journal', None) is None else dict(journal=case.journal)  # what the panel has sampled is not sampled again
-    rows = all_rows(policy, r, chosen, others, c.min_mass, **once, samples=c.samples, temperature=c.temperature, seed=seed, max_new=max_new, batch_size=c.batch_size)
+    rows = all_rows(policy, r, chosen, others, c.min_mass, case.layout(r), **once, samples=c.samples, temperature=c.temperature, seed=seed, max_new=max_new, batch_size=c.batch_size)
     return rows, dict(prompts=len(chosen), prompts_hash=content_hash(chosen), rubric=r.name, rubric_hash=r.hash, judges=['base', *others])
+measured.roles = lambda options: options.get('judges') or []
+

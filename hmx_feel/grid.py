@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel,ConfigDict,Field,StrictInt,ValidationError,field_validator
 from .runs import MODELS,CompareConfig,EvaluateConfig,JudgeConfig,TrainConfig,UserError,data_names,data_path,explain,find_runs,model_slug,nearest
 from .rubric import Rubric,load_arm,load_prompts,read_yaml
+from .panel import panel_path
 from .sweep import Job
 from .executors import Need
 
@@ -162,9 +163,7 @@ def check_names(grid:Grid, where:str)->Grid: # The same
         rubrics = {str(p['rubric']) for _,p in variants(grid, m) if p.get('rubric')}
         for r in [e['rubric'] for e in exams_of(grid, m)[1:]]:
             if r not in rubrics: raise UserError(f"{where}: calibrate.answers: found {r!r}, allowed: rubrics of train.rubric, {', '.join(sorted(rubrics)) or 'of which there is none'}{nearest(r, rubrics)}")
-        for p in panels_of(grid, m):
-            known = data_names('tasks/panels')
-            if p not in known and not Path(p).expanduser().is_file(): raise UserError(f"{where}: evaluate.panel: found {p!r}, allowed: an existing file or one of {', '.join(known)}{nearest(p, known)}")
+        for p in panels_of(grid, m): panel_path(p, f"{where}: evaluate.panel")
     _check_arms(grid, where)
     return grid
 
@@ -239,9 +238,10 @@ def jobs_of(grid:Grid, # A grid
     arms,measured = {a: load_arm(a).trained for a in grid.arms},{}
     for m in grid.models:
         judged = _calibrations(grid, root, m)
-        base = _measure(grid, root, m, 'base', None, '', ())
-        still = [j for a in arms if not arms[a] for j in _measure(grid, root, m, a, None, '', ())]
-        out += [*judged, *base, *still]; labels = tuple(j.label for j in judged)
+        labels = tuple(j.label for j in judged)  # a calibration decides the layout in which answers are judged
+        base = _measure(grid, root, m, 'base', None, '', labels)
+        still = [j for a in arms if not arms[a] for j in _measure(grid, root, m, a, None, '', labels)]
+        out += [*judged, *base, *still]
         for variant,params in variants(grid, m):
             runs = [j for s in grid.seeds_of(m) for a in arms if arms[a] for j in _training(grid, root, m, a, s, variant, params, labels)]
             out += runs; measured.setdefault(variant, []).extend(j for j in [*base, *still, *runs] if j.notebook=='04_evaluate')
@@ -366,7 +366,7 @@ def asked_of(task:dict, # As in the panel's file
 
 def _evaluate_cost(size, p, max_new)->Cost:
     c = EvaluateConfig(**{k:v for k,v in p.items() if k in EvaluateConfig.model_fields}); a = ASSUMED[size.gpu]
-    asks = {t['name']: asked_of(t, c.limit, c.samples, max_new) for t in read_yaml(data_path('tasks/panels', c.panel.partition('+')[0]))['tasks']}
+    asks = {t['name']: asked_of(t, c.limit, c.samples, max_new) for t in read_yaml(panel_path(c.panel)[0])['tasks']}
     known = [x for x in asks.values() if x]
     tokens = sum(n*(TEXT if not new else 2*(PROMPT+new)+QUERY) for n,new in known)
     hours = (sum(n/c.batch_size*new*a['token'] for n,new in known) + 2*tokens*size.parameters/a['flops'] + a['start'])/3600

@@ -13,8 +13,9 @@ import functools,hashlib,os,platform,re,shutil,signal,threading,time
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import hmx_feel
-from .runs import BEAT,SCHEMA,Run,UserError,_alive,_commit,append_jsonl,content_hash,data_path,hold,model_slug,noting_signals,read_json,read_jsonl,split_list,write_json,write_text
+from .runs import BEAT,SCHEMA,Run,UserError,_alive,_commit,append_jsonl,content_hash,hold,model_slug,noting_signals,read_json,read_jsonl,split_list,write_json,write_text
 from .rubric import load_arm,read_yaml
+from .panel import panel_path
 from .data import benchmark_folder,cache_folder,sources
 from .sweep import REPORTS,_execute,_plain,_say,config_of,notebook_path
 from .executors import Need
@@ -207,7 +208,7 @@ def skipped_tasks(folder, # Of a run
     "What a panel could not measure in a run"
     path = Path(folder)/'evals'/'manifest.json'
     notes = read_json(path).get('tasks', {}) if path.is_file() else {}
-    names = [t['name'] for t in read_yaml(data_path('tasks/panels', panel.partition('+')[0]))['tasks']]
+    names = [t['name'] for t in read_yaml(panel_path(panel)[0])['tasks']]
     ours = lambda t: any(t==x or t.startswith(f'{x}.') for x in names)
     return {t: n['reason'] for t,n in sorted(notes.items()) if n['status']=='skipped' and ours(t)}
 

@@ -7,23 +7,24 @@ __all__ = ['NA', 'HOMES', 'Asker', 'reader', 'item_row', 'minus', 'Measure', 'si
            'register', 'find_measure', 'run_measure']
 
 # %% ../nbs/api/06b_measure.ipynb #90bda8e5
-import importlib,json,os
+import importlib,os
 from dataclasses import dataclass,field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 import numpy as np,pandas as pd
 from fastcore.basics import patch
-from .runs import UserError,nearest
+from .runs import UserError,content_hash,nearest
 from .policy import Policy,check_model,generate,load_policy,looking,model_id,prompt_ids,render
-from .panel import COLUMNS,Skipped,policy_lm,prompt_sha
+from .panel import COLUMNS,Journal,Skipped,policy_lm,prompt_sha
 
 # %% ../nbs/api/06b_measure.ipynb #88e977fc
 class Asker:
     "A model that is asked things: the one that is measured, or one that judges"
     def __init__(self, policy:Policy, # A loaded policy, with or without adapter
-                 batch_size:int=64): # Rows computed at once
-        self.policy,self.batch_size,self._lm = policy,batch_size,None
+                 batch_size:int=64, # Rows computed at once
+                 journal:Journal|None=None): # What it said before, of this model alone; None = nothing
+        self.policy,self.batch_size,self.journal,self._lm = policy,batch_size,Journal() if journal is None else journal,None
     def _check(self, sizes, chats, max_new):
         most = self.policy.context; long = [i for i,n in enumerate(sizes) if n+max_new > most]
         if long: raise UserError(f"{len(long)} of {len(sizes)} conversations leave no room for {max_new} tokens in the model's {most}, the first begins {chats[long[0]][0]['content'][:60]!r}; leave the task out, or use a model with a longer context")
@@ -35,7 +36,7 @@ def logps(self:Asker, chats:list, # Conversations, each a list of messages
            prefill:str='', # What the reply begins with
           )->list: # For each conversation an array of natural log-likelihoods, shape (options,)
     "How likely each reply is"
-    if self._lm is None: self._lm = policy_lm(self.policy, self.batch_size)
+    if self._lm is None: self._lm = policy_lm(self.policy, self.batch_size, journal=self.journal)
     texts = [render(self.policy.tokenizer, c, self.policy.spec)+prefill for c in chats]
     asks = [SimpleNamespace(args=(t,o)) for t,opts in zip(texts, options, strict=True) for o in opts]
     with looking(self.policy.model): found = iter([ll for ll,_ in self._lm.loglikelihood(asks)] if asks else [])
@@ -46,13 +47,16 @@ def say(self:Asker, chats:list, # Conversations, each a list of messages
          max_new:int=128, # Longest reply, tokens
         )->list[str]: # One reply each
     "What the model says, greedily; equal conversations are answered once"
-    keys = [json.dumps(c) for c in chats]; first = {k: c for k,c in zip(keys, chats, strict=True)}
+    keys = [content_hash(['say', c, max_new])[:24] for c in chats]; first = {k: c for k,c in zip(keys, chats, strict=True)}
     sizes = {k: len(prompt_ids(self.policy.tokenizer, c, self.policy.spec)) for k,c in first.items()}
     self._check(list(sizes.values()), list(first.values()), max_new)
     order = sorted(first, key=lambda k: (sizes[k], k))
-    said = generate(self.policy, [first[k] for k in order], 1, 0, 0, max_new, self.batch_size) if order else []
-    texts = {k: s[0] for k,s in zip(order, said, strict=True)}
-    return [texts[k] for k in keys]
+    todo = [k for k in order if k not in self.journal]
+    for at in range(0, len(todo), self.batch_size):
+        some = todo[at:at+self.batch_size]
+        said = generate(self.policy, [first[k] for k in some], 1, 0, 0, max_new, self.batch_size)
+        self.journal.put({k: s for k,(s,) in zip(some, said, strict=True)})
+    return [self.journal[k] for k in keys]
 
 # %% ../nbs/api/06b_measure.ipynb #d1c494a9
 def reader(model:str, # Name, hub id or folder of the judge model
@@ -97,6 +101,9 @@ class Measure:
     metrics:dict=field(default_factory=dict) # Metric -> direction that is better; those not named are descriptive
     relation:str='isolated' # Relation to the rubric: trained, implied or isolated
     judged:bool=False # Whether it cannot be run without a judge model
+    graded:bool=False # Whether a judge model that is given reads the replies too
+    @property
+    def roles(self)->tuple: return ('judge',)*(self.judged or self.graded) # Of judge models that it reads
     @property
     def endpoint(self)->str: return next(iter(self.metrics), '')
 
@@ -152,11 +159,12 @@ def run_measure(name:str, # Name of the task
                 benchmarks='', # Folder of benchmark data; empty = $HMX_BENCHMARKS
                 judge:Asker|None=None, # A judge model, from `reader`
                 limit:int=0, # Only the first items; 0 = all
+               **options, # Further arguments of its `run`, such as max_new
                )->tuple[pd.DataFrame,dict]: # Item rows, and where the items come from
     "Load the items of a measure, ask, and return rows; `Skipped` says why it cannot run"
     m = find_measure(name)
     if m.judged and judge is None: raise Skipped("it needs a judge model, another than the trained one and its base, and none was given")
     items,about = m.load(data_folder(benchmarks))
     if not items: raise Skipped("no items")
-    rows = pd.DataFrame(m.run(items[:limit] if limit else items, asker, judge))
+    rows = pd.DataFrame(m.run(items[:limit] if limit else items, asker, judge, **options))
     return rows.assign(run_id='', task=name)[COLUMNS], dict(about, items=min(limit, len(items)) if limit else len(items), of=len(items))

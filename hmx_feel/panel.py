@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'Direction', 'DATA', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task', 'named', 'measure_of',
-           'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key', 'scorer_of',
-           'run_lm_eval', 'choose_prompts', 'expression', 'base_run', 'find_run', 'weights_of', 'run_spec',
-           'task_settings', 'judge_roles', 'Judges', 'Case', 'write_manifest', 'evaluate_all', 'evaluate', 'skipped',
-           'read_rows']
+           'panel_path', 'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key',
+           'scorer_of', 'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder', 'weights_of',
+           'run_spec', 'four_bit', 'judge_roles', 'Judges', 'Case', 'judge_layout', 'task_settings', 'reading',
+           'find_run', 'write_manifest', 'check_evaluation', 'evaluate_all', 'evaluate', 'skipped', 'read_rows']
 
 # %% ../nbs/api/06_panel.ipynb #5a093478
-import functools,importlib.util,inspect,json,logging,shutil
+import functools,importlib.util,inspect,json,logging,re,shutil
 from dataclasses import dataclass,replace
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,9 @@ from pydantic import BaseModel,ConfigDict,Field,PrivateAttr,ValidationError,fiel
 import hmx_feel
 from .runs import (SCHEMA,UserError,Run,content_hash,data_names,data_path,environment,explain,find_runs,
                            nearest,read_parquet,split_list,write_json,write_parquet,write_text)
-from .rubric import Rubric,load_prompts,read_yaml
+from .rubric import Arm,Rubric,arm_names,load_arm,load_prompts,read_yaml
 from .policy import Policy,Spec,check_model,dtype_name,load_policy,looking,model_id,put_adapter,recipe
+from .backend import card_defaults,check_4bit,device_memory,load_plain
 from .judge import Judge
 from .data import Skipped,benchmark_folder,git_blob
 from .engine import Journal,answers,policy_lm,quiet
@@ -31,7 +32,7 @@ from .bbq import bbq
 log = logging.getLogger('hmx_feel')
 Direction = Literal['higher','lower','toward_zero','descriptive']
 _READ = dict(lm_eval=('task','items','data','score','options','chat','shots','system','thinking','decoding'),
-             expression=('rubric','prompts','split','kinds','max_new','seed'), measure=('measure','options','chat'))
+             expression=('rubric','prompts','split','kinds','max_new','seed'), measure=('task','measure','options','chat'))
 
 class Task(BaseModel):
     "One task of a panel"
@@ -43,7 +44,7 @@ class Task(BaseModel):
     cluster:str = Field('', description="field of an item that names its cluster; empty = each item alone")
     relation:Literal['trained','implied','isolated'] = Field(description="relation to the rubric")
     limit:int = Field(0, ge=0, description="only the first items; 0 = all")
-    task:str = Field('', description="lm_eval: the task behind a name of your own; letters = lettered items")
+    task:str = Field('', description="the task or measure behind a name of your own; lm_eval: letters = lettered items")
     items:str = Field('', description="lm_eval: a JSONL file of lettered items, beside the panel file")
     data:str = Field('', description="lm_eval: benchmark data of a fixed version, such as truthfulqa/v0")
     score:str = Field('', description="lm_eval: function of ours that scores an item, such as hmx_feel.truthfulqa.mc2")
@@ -68,6 +69,7 @@ class Task(BaseModel):
             raise ValueError(f"endpoint: found {self.endpoint!r}, allowed: {', '.join(self.metrics)}{nearest(self.endpoint, self.metrics)}")
         odd = [f for f in sorted(self.model_fields_set) if f in sum(_READ.values(), ()) and f not in _READ[self.kind]]
         if odd: raise ValueError(f"found {', '.join(odd)}, which a task of kind {self.kind} does not read")
+        if self.task and self.measure: raise ValueError("found task and measure, allowed: one of them")
         for name,change in self.sensitivity.items():
             wrong = [f for f in change if f not in ('chat','shots','system','thinking','decoding','options')]
             if wrong: raise ValueError(f"sensitivity.{name}: found {wrong[0]!r}, allowed: chat, shots, system, thinking, decoding, options{nearest(wrong[0], Task.model_fields)}")
@@ -76,9 +78,11 @@ class Task(BaseModel):
     def main(self)->str: return self.endpoint or next(iter(self.metrics))
     @property
     def direction(self)->str: return self.metrics[self.main]
+    @property
+    def behind(self)->str: return self.task or self.name # What is run, whatever it is called here
     def variants(self)->list: # Tasks named `<task>.<variant>`, all descriptive
         "The same task, asked in its other ways"
-        free = dict(sensitivity={}, metrics={m:'descriptive' for m in self.metrics})
+        free = dict(sensitivity={}, metrics={m:'descriptive' for m in self.metrics}) | ({} if self.items or self.measure else dict(task=self.behind))
         return [Task(**self.model_dump(exclude_unset=True) | change | free | dict(name=f'{self.name}.{v}')) for v,change in self.sensitivity.items()]
 
 # %% ../nbs/api/06_panel.ipynb #b049e2a5
@@ -152,7 +156,7 @@ def measure_of(task:Task): # A function (policy, case, **options) -> rows and wh
     "What runs a task of kind measure"
     if task.measure: return named(task.measure, 'measure')
     if importlib.util.find_spec('hmx_feel.measure') is None: raise UserError("measure: empty, allowed: the full name of a function, such as hmx_feel.truthfulqa.generation")
-    importlib.import_module('hmx_feel.measure').find_measure(task.name)
+    importlib.import_module('hmx_feel.measure').find_measure(task.behind)
 
 # %% ../nbs/api/06_panel.ipynb #eb5b249a
 def _line(path, loc)->str:
@@ -167,15 +171,21 @@ def _line(path, loc)->str:
         at = node.start_mark.line
     return f'line {at+1}: '
 
+def panel_path(name, # A shipped panel or a YAML file, `+sensitivity` may stand behind it
+               field:str='panel', # For the message
+              )->tuple[Path,bool]: # Its file, and whether the other ways of asking are asked for
+    "The file of a panel"
+    name,_,more = str(name).partition('+')
+    if more not in ('','sensitivity'): raise UserError(f"{field}: found {'+'+more!r}, allowed: +sensitivity{nearest(more, ['sensitivity'])}")
+    names = data_names('tasks/panels')
+    if not Path(name).expanduser().is_file() and name not in names:
+        raise UserError(f"{field}: found {name!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
+    return data_path('tasks/panels', name),bool(more)
+
 def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it adds the other ways of asking
               )->Panel: # Checked; every task in it exists
     "A panel by its name; mistakes are named by file, line, task and field"
-    name,_,more = str(name).partition('+')
-    if more not in ('','sensitivity'): raise UserError(f"panel: found {'+'+more!r}, allowed: +sensitivity{nearest(more, ['sensitivity'])}")
-    names = data_names('tasks/panels')
-    if not Path(name).expanduser().is_file() and name not in names:
-        raise UserError(f"panel: found {name!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
-    path = data_path('tasks/panels', name); raw = read_yaml(path)
+    path,more = panel_path(name); raw = read_yaml(path)
     def place(loc):
         tasks = raw.get('tasks')
         known = lambda i: tasks[i].get('name', i) if isinstance(tasks, list) and isinstance(tasks[i], dict) else i
@@ -184,20 +194,32 @@ def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it 
     except ValidationError as e: raise UserError(f"{path}: {_line(path, e.errors()[0]['loc'])}{explain(e, Panel, place=place)}") from None
     panel._folder = path.parent
     for i,t in enumerate(panel.tasks):
-        try: _check_task(t, path)
+        try:
+            for one in (t, *t.variants()): _check_task(one, path)
+        except ValidationError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: sensitivity: {explain(e, Task)}") from None
         except UserError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: {e}") from None
     if more: panel.tasks = panel.tasks + [v for t in panel.tasks for v in t.variants()]
     return panel
 
+# %% ../nbs/api/06_panel.ipynb #f03d6b5e
 def _check_task(task, path):
     "Refuse what no task file, data set, function or rubric stands behind"
     if task.data and task.data not in DATA: raise UserError(f"data: found {task.data!r}, allowed: {', '.join(DATA)}{nearest(task.data, DATA)}")
     if task.score: named(task.score, 'score')
     if task.kind=='expression': Rubric.load(task.rubric)
-    elif task.kind=='measure': measure_of(task)
+    elif task.kind=='measure': _check_measure(task)
     elif task.task=='letters':
         if not (task.items or task.data): raise UserError("task: found 'letters' without items or data, allowed: letters with one of them")
-    elif not task.items: find_task(task.task or task.name, path.parent)
+    elif not task.items: find_task(task.behind, path.parent)
+
+def _check_measure(task):
+    "Refuse options that the measure does not take"
+    run = measure_of(task)
+    named = None if run else importlib.import_module('hmx_feel.measure').find_measure(task.behind).run
+    known = inspect.signature(run or named).parameters; free = list(known)[2 if run else 3:]  # behind policy and case, or items, asker and judge
+    for o in task.options:
+        if o not in free and not any(p.kind==p.VAR_KEYWORD for p in known.values()): raise UserError(f"options: found {o!r}, allowed: {', '.join(free) or 'none'}{nearest(o, free)}")
+    if named and not task.chat: raise UserError("chat: found false, allowed: true, this measure asks in a chat")
 
 # %% ../nbs/api/06_panel.ipynb #a5c94b19
 def letter_metrics(doc:dict, # A lettered item
@@ -245,7 +267,7 @@ def prepare(task:Task, # A task of kind lm_eval
            )->tuple[dict,dict]: # lm_eval's tasks by name, and where their data come from
     "Load a task with the data that lie here, or say why it cannot run"
     from lm_eval.tasks import TaskManager
-    cache,name = Path(cache),task.task or task.name
+    cache,name = Path(cache),task.behind
     lettered = bool(task.items) or name=='letters'
     file = tasks_folder()/'letters.yaml' if lettered else find_task(name, folder)
     if file is None:
@@ -269,7 +291,7 @@ def _task_data(task, file, config, folder, cache, benchmarks, lettered)->tuple:
         return dict(local(**{split: str(_write_items(cache, task.name, docs))}), dataset_path='json', dataset_name=None),about
     if (files := _local_files(file, config, cache)) is not None:
         return dict(dataset_kwargs=files),{f'{Path(f).parent.name}/{Path(f).name}': git_blob(Path(f).read_bytes()) for f in files['data_files'].values()}
-    found = None if lettered else importlib.import_module('hmx_feel.breadth').local_keys(task.task or task.name, config, benchmark_folder(benchmarks), cache)
+    found = None if lettered else importlib.import_module('hmx_feel.breadth').local_keys(task.behind, config, benchmark_folder(benchmarks), cache)
     return found or ({},dict(source=config.get('dataset_path'), name=config.get('dataset_name')))
 
 def _load(manager, name):
@@ -354,7 +376,7 @@ def run_lm_eval(task:Task, # A task of kind lm_eval
     samples = [(name, s) for name,group in out['samples'].items() for s in group]
     if keys is not None: keys += [(str(s['doc'].get('id', s['doc_id'])), int(s['doc'].get('order') or 0), item_key(s['doc'])) for _,s in samples]
     rows = pd.DataFrame([r for name,s in samples for r in sample_rows(task, name, s)])
-    rows = importlib.import_module('hmx_feel.breadth').more_rows(task.task or task.name, rows)
+    rows = importlib.import_module('hmx_feel.breadth').more_rows(task.behind, rows)
     for m in task.metrics:
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='')[COLUMNS]
@@ -396,26 +418,22 @@ def expression(policy:Policy, # Who answers
     return out.assign(missing=out.value.isna())[COLUMNS]
 
 # %% ../nbs/api/06_panel.ipynb #91a8e46d
-def base_run(config, # An EvaluateConfig
-            )->Run: # Its folder; made if this model was never measured
-    "The run folder of the untrained model"
-    identity = dict(source=model_id(check_model(config.model, config.revision, config.trust_remote_code)), dtype=dtype_name(config.dtype))
-    same = lambda r: all(r.identity.get(k)==v for k,v in dict(identity, schema=SCHEMA, package=hmx_feel.__version__).items())
-    found = [r for r in find_runs(config.root, config.model, 'base', finished=False) if same(r)]
-    return found[-1] if found else Run.create(config.root, config.model, 'base', 0, identity)
+def evals_folder(step:int=0, # Checkpoint; 0 = the end
+                 dose:float=1., # Times the adapter is multiplied by
+                )->str: # evals, evals/step-000100, evals/dose-0.50, evals/step-000100-dose-0.50
+    "Where in a run its evaluation lies"
+    return '/'.join(filter(None, ['evals', '-'.join([f'step-{step:06d}']*bool(step) + [f'dose-{dose:.2f}']*(dose!=1))]))
 
-def find_run(config, # An EvaluateConfig
-            )->Run: # What is to be measured
-    "The run that a config asks for"
-    if config.run:
-        run = Run.open(config.run)
-        if run.arm!='base' and not run.finished: raise UserError(f"run: {run.path} is not finished; finish the training first")
-        return run
-    if config.arm=='base': return base_run(config)
-    found = find_runs(config.root, config.model, config.arm, config.seed)
-    if found: return found[-1]
-    have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if r.arm not in ('base','judge')})
-    raise UserError(f"run: no finished run of {config.model} {config.arm} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
+def adapter_folder(run:Run, # A trained run
+                   step:int=0, # Checkpoint; 0 = the end
+                  )->Path: # Holds adapter_model.safetensors
+    "The adapter that is measured"
+    place = run/(f'checkpoints/checkpoint-{step}' if step else 'adapter')
+    if (place/'adapter_model.safetensors').is_file(): return place
+    have = sorted(int(p.parent.name.rpartition('-')[2]) for p in run.path.glob('checkpoints/checkpoint-*/adapter_model.safetensors'))
+    if step: raise UserError(f"step: found {step}, allowed: {', '.join(map(str, [0, *have]))}, of which 0 is the end of {run.path}")
+    raise UserError(f"run: {run.path} holds no adapter/adapter_model.safetensors")
+
 
 # %% ../nbs/api/06_panel.ipynb #1b38a055
 def weights_of(run:Run)->str: # `sha256:...` of a folder's files, or a hub commit; empty if the run does not say
@@ -434,53 +452,14 @@ def run_spec(run:Run, # What is measured
     if made and now!=made: raise UserError(f"{run.path}: was made with weights {short(made)}, {model} is now {short(now)}; pass the revision or folder that it was trained on")
     return spec
 
-# %% ../nbs/api/06_panel.ipynb #bfb9a84b
-def task_settings(task:Task, # A task
-                  config, # An EvaluateConfig
-                  model:str, # Model of the run
-                  weights:str, # From `weights_of`
-                 )->dict: # What determines its rows
-    "What a task is run with"
-    limit = min([n for n in (task.limit, config.limit) if n], default=0)
-    out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights)
-    if task.kind=='measure': return out | dict(judges=config.judges)
-    if task.kind=='lm_eval': return out
-    return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=Rubric.load(task.rubric).hash,
-                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', max_new=task.max_new or recipe(model).max_completion)
+def four_bit(config, # An EvaluateConfig
+             saved:dict|None=None, # config.json of the run; empty for one that is not made yet
+            )->bool:
+    "Whether the weights are loaded in four bits: as asked, as the run was trained, or what suits the model and the card"
+    kept = next(filter(None, [(saved or {}).get(k) for k in ('resolved','identity')]), {})
+    auto = kept['load_in_4bit'] if 'load_in_4bit' in kept else card_defaults(config.model, device_memory()).get('load_in_4bit')
+    return bool(auto if config.load_in_4bit is None else config.load_in_4bit)
 
-# %% ../nbs/api/06_panel.ipynb #8f0d2fa3
-def _notes(run)->dict:
-    "What the manifest of a run says, by task"
-    return run.read_json('evals/manifest.json')['tasks'] if (run/'evals/manifest.json').is_file() else {}
-
-def _done(run, task, settings, replace)->bool:
-    "Whether the rows of a task are there, made with these settings"
-    note = _notes(run).get(task.name, {}); was = note.get('settings')
-    if replace or note.get('status')!='done' or not (run/'evals'/f'{task.name}.parquet').is_file(): return False
-    differ = [k for k in settings if json.loads(json.dumps(settings[k]))!=was.get(k)]
-    if differ:
-        say = lambda d: f"{differ[0]}={d.get(differ[0])}" if differ[0]!='task' else 'another task definition'
-        raise UserError(f"{run.path.name}/evals/{task.name}.parquet was made with {say(was)}, asked is {say(settings)}; pass replace=True to run it again")
-    return True
-
-def _measure(task, policy, panel, config, settings, cache, journal=None, judges=None)->tuple:
-    "Item rows of one task, where its data come from, and what is needed to score it again"
-    if task.kind=='expression':
-        rubric = Rubric.load(task.rubric)
-        prompts = choose_prompts(load_prompts(task.prompts, split=task.split, kinds=task.kinds or rubric.paid_kinds), settings['limit'])
-        rows = expression(policy, Judge(policy, rubric, min_mass=config.min_mass), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size, journal)
-        return rows.assign(task=task.name), dict(prompts=len(prompts), rubric=rubric.name), None
-    if task.kind=='measure': return *_run_measure(task, Case(task, config, settings['limit'], panel._folder, journal, judges, policy)), None
-    (made,about),keys = prepare(task, panel._folder, cache, config.benchmarks),[]
-    rows = run_lm_eval(task, policy, made, config.batch_size, settings['limit'], journal, keys)
-    return rows, about, dict(scorer=scorer_of(task, made), items=keys)
-
-def _note(rows, task, settings, about, config)->dict:
-    "What the manifest says of a task that has run"
-    means = rows.groupby(['metric','condition']).value.mean().round(6)
-    return dict(status='done', kind=task.kind, settings=settings, data=about, chat='chat template' if task.chat else 'none', batch_size=config.batch_size,
-                threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
-                means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
 
 # %% ../nbs/api/06_panel.ipynb #3fde7672
 def judge_roles(config)->dict: # Role -> model
@@ -492,21 +471,30 @@ def judge_roles(config)->dict: # Role -> model
         out[role.strip()] = model.strip()
     return out
 
+@functools.cache
+def _id_of(model:str, code:bool)->str: return model_id(check_model(model, '', code))
+
+def _judges_read(task, config)->dict: # Role -> model and id, empty where it is not filled
+    "The judges of those that were given which a measure reads"
+    given,run = judge_roles(config),measure_of(task)
+    roles = getattr(run, 'roles', given) if run else importlib.import_module('hmx_feel.measure').find_measure(task.behind).roles
+    name = lambda m: f'{m} {_id_of(m, config.trust_remote_code)[:19]}'
+    return {r: name(given[r]) if r in given else '' for r in (roles(task.options) if callable(roles) else roles)}
+
+# %% ../nbs/api/06_panel.ipynb #e5a90c17
 class Judges:
     "Judge models by role, each loaded once, when it is first asked for"
     def __init__(self, config, measured:str=''): # An EvaluateConfig, and the id of the untrained weights
         self.models,self.config,self.measured,self.loaded = judge_roles(config),config,measured,{}
-        for role in self.models: self.spec(role)
-    def spec(self, role):
-        spec = check_model(self.models[role], '', self.config.trust_remote_code)
-        if self.measured and model_id(spec)==self.measured: raise UserError(f"judges: {role}: found {self.models[role]}, which is the measured model or its base, allowed: another model")
-        return spec
+        for role in self.models: self._check(role)
+    def _check(self, role):
+        if _id_of(self.models[role], self.config.trust_remote_code)==self.measured: raise UserError(f"judges: {role}: found {self.models[role]}, which is the measured model or its base, allowed: another model")
     def get(self, role)->Policy:
         if role not in self.models: raise Skipped(f"it needs a judge model for the role {role}, another than the trained one and its base, and none was given: judges={role}=owner/name")
         name = self.models[role]
         if name not in self.loaded: self.loaded[name] = load_policy(name, self.config.dtype, '', self.config.trust_remote_code)
         return self.loaded[name]
-    def name(self, role)->str: return f'{self.models[role]} {model_id(self.spec(role))[:19]}'
+    def name(self, role)->str: return f'{self.models[role]} {_id_of(self.models[role], self.config.trust_remote_code)[:19]}'
 
 @dataclass
 class Case:
@@ -518,12 +506,138 @@ class Case:
     journal:Journal|None=None # What was computed before
     judges:Judges|None=None # Judge models
     policy:Policy|None=None # Who is measured
+    saved:dict|None=None # config.json of the run
     @property
     def batch_size(self)->int: return self.config.batch_size
     @property
     def benchmarks(self)->str: return self.config.benchmarks
     def judge(self, role)->Policy: return self.judges.get(role)
+    def journal_of(self, role)->Journal|None: return None if self.journal is None else self.journal.of(self.judges.name(role))
+    def layout(self, rubric, role='')->str: # Of the base judge, or of a judge model
+        "How the rubric is shown to a judge"
+        return judge_layout(self.config, self.judge(role).spec.name, rubric) if role else judge_layout(self.config, self.policy.spec.name, rubric, self.saved)
     def judge_names(self, *roles)->dict: return {r: self.judges.name(r) for r in roles}
+
+# %% ../nbs/api/06_panel.ipynb #bfb9a84b
+def judge_layout(config, # An EvaluateConfig
+                 model:str, # Who judges
+                 rubric:Rubric, # By what
+                 saved:dict|None=None, # config.json of the run, where its own base judge is meant
+                )->str: # rubric_first or criterion_last
+    "The layout in which a model judges: as calibrated with this rubric, else as the run was trained, else rubric_first"
+    from hmx_feel.exam import calibration_for
+    return (calibration_for(config.root, model, rubric) or {}).get('layout') or ((saved or {}).get('resolved') or {}).get('layout') or 'rubric_first'
+
+def task_settings(task:Task, # A task
+                  config, # An EvaluateConfig
+                  model:str, # Model of the run
+                  weights:str, # From `model_id`
+                  saved:dict|None=None, # config.json of the run; empty for one that is not made yet
+                 )->dict: # What determines its rows
+    "What a task is run with"
+    limit = min([n for n in (task.limit, config.limit) if n], default=0)
+    out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights,
+               load=dict(quantisation='4bit'*four_bit(config, saved), backend='trl'), step=config.step, dose=config.dose)
+    if task.kind=='measure': return out | dict(judges=_judges_read(task, config))
+    if task.kind=='lm_eval': return out
+    rubric = Rubric.load(task.rubric)
+    return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=rubric.hash,
+                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', layout=judge_layout(config, model, rubric, saved), max_new=task.max_new or recipe(model).max_completion)
+
+def reading(task:Task)->dict: # metrics, relation, endpoint
+    "How the numbers of a task are to be read"
+    return dict(metrics=dict(task.metrics), relation=task.relation, endpoint=task.main)
+
+
+# %% ../nbs/api/06_panel.ipynb #8f0d2fa3
+def _notes(run)->dict:
+    "What the manifest of a run says, by task"
+    path = f'{run.evals}/manifest.json'
+    return run.read_json(path)['tasks'] if (run/path).is_file() else {}
+
+def _other(note:dict, settings:dict)->str:
+    "The first setting in which a task that is done differs; empty if none does"
+    if note.get('status')!='done': return ''
+    return next((k for k in settings if json.loads(json.dumps(settings[k]))!=note['settings'].get(k)), '')
+
+def _done(run, task, settings, replace)->bool:
+    "Whether the rows of a task are there, made with these settings"
+    note = _notes(run).get(task.name, {})
+    if replace or note.get('status')!='done' or not (run/run.evals/f'{task.name}.parquet').is_file(): return False
+    if k := _other(note, settings):
+        say = lambda d: f"{k}={d.get(k)}" if k!='task' else 'another task definition'
+        raise UserError(f"{run.path.name}/{run.evals}/{task.name}.parquet was made with {say(note['settings'])}, asked is {say(settings)}; pass replace=True to run it again")
+    return True
+
+
+# %% ../nbs/api/06_panel.ipynb #b4c0e6d2
+def _arm(config)->Arm|None: # None for base and for an arm that is known by its runs alone
+    "The definition of the arm that a config names"
+    if config.arm in arm_names() or not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', config.arm): return load_arm(config.arm)
+
+def _as_trained(config, name):
+    "Refuse a checkpoint or a dose of what was not trained"
+    for k in ('step','dose'):
+        if k in config.changed(): raise UserError(f"{k}: found {getattr(config, k)}, allowed: {type(config).model_fields[k].default:g}, {name} is not trained")
+
+def _untrained(config, arm:Arm|None)->dict: # run, spec, asked, and config.json's identity and facts
+    "The folder of the untrained model, or of an arm that is not trained, and what it is made of"
+    spec,panel = check_model(config.model, config.revision, config.trust_remote_code),load_panel(config.panel)
+    weights,name = model_id(spec),arm.name if arm else 'base'; _as_trained(config, name)
+    if arm and arm.sign < 0: raise UserError(f"arm: found sign -1 in {name}, allowed: 1 for an arm that is not trained")
+    text = arm.load_rubric().system_text() if arm else ''
+    asked = {t.name: task_settings(t, config, spec.name, weights) for t in panel.tasks}
+    same = dict(source=weights, dtype=dtype_name(config.dtype), load_in_4bit=four_bit(config), system=content_hash(text) if text else '', schema=SCHEMA, package=hmx_feel.__version__,
+                **{k: getattr(config, k) for k in ('limit','samples','temperature','min_mass')})
+    fits = [r for r in find_runs(config.root, config.model, name, finished=False) if all(r.identity.get(k)==v for k,v in same.items())
+            and not any(_other(note, asked[t]) for t,note in _notes(r).items() if t in asked)]
+    identity = same | dict(tasks=content_hash(asked))
+    run = max(fits[::-1], key=lambda r: len(_notes(r).keys() & asked.keys()), default=Run.at(config.root, config.model, name, None, identity))
+    return dict(run=run, spec=spec, identity=identity, facts=dict(arm_data=arm.model_dump(), system_text=text) if arm else {})
+
+def _locate(config)->dict: # run; for what is not trained also what its folder is made of
+    if config.run:
+        run = Run.open(config.run)
+        if not _trained(run): _as_trained(config, run.arm)
+        elif not run.finished: raise UserError(f"run: {run.path} is not finished; finish the training first")
+    else:
+        arm = _arm(config); name = arm.name if arm else config.arm
+        if name=='base' or (arm and not arm.trained): return _untrained(config, arm)
+        found = find_runs(config.root, config.model, name, int(config.seed))
+        have = sorted({f"{r.arm} seed {r.seed}" for r in find_runs(config.root, config.model) if _trained(r)})
+        if not found: raise UserError(f"run: no finished run of {config.model} {name} seed {config.seed} under {config.root}; finished: {', '.join(have) or 'none'}")
+        run = found[-1]
+    run.evals = evals_folder(config.step, config.dose)
+    return dict(run=run)
+
+def find_run(config, # An EvaluateConfig
+            )->Run: # What is to be measured; the folder of a model that is not trained is made by its evaluation
+    "The run that a config asks for"
+    return _locate(config.each()[0])['run']
+
+def _trained(run)->bool: return run.path.name!=run.id8
+
+
+# %% ../nbs/api/06_panel.ipynb #7a5f0c39
+def _measure(task, policy, panel, config, settings, cache, journal=None, judges=None, saved=None)->tuple:
+    "Item rows of one task, where its data come from, and what is needed to score it again"
+    if task.kind=='expression':
+        rubric = Rubric.load(task.rubric)
+        prompts = choose_prompts(load_prompts(task.prompts, split=task.split, kinds=task.kinds or rubric.paid_kinds), settings['limit'])
+        rows = expression(policy, Judge(policy, rubric, min_mass=config.min_mass, layout=settings['layout']), prompts, config.samples, config.temperature, task.seed, settings['max_new'], config.batch_size, journal)
+        return rows.assign(task=task.name), dict(prompts=len(prompts), rubric=rubric.name), None
+    if task.kind=='measure': return *_run_measure(task, Case(task, config, settings['limit'], panel._folder, journal, judges, policy, saved)), None
+    (made,about),keys = prepare(task, panel._folder, cache, config.benchmarks),[]
+    rows = run_lm_eval(task, policy, made, config.batch_size, settings['limit'], journal, keys)
+    return rows, about, dict(scorer=scorer_of(task, made), items=keys)
+
+def _note(rows, task, settings, about, config)->dict:
+    "What the manifest says of a task that has run"
+    means = rows.groupby(['metric','condition']).value.mean().round(6)
+    return dict(status='done', kind=task.kind, settings=settings, data=about, chat='chat template' if task.chat else 'none', batch_size=config.batch_size,
+                threads=config.threads, items=int(rows.item_id.nunique()), rows=len(rows), missing=float(rows.missing.mean()),
+                means={m: {c or 'all': v for (_,c),v in g.items()} for m,g in means.groupby(level=0)})
+
 
 # %% ../nbs/api/06_panel.ipynb #c0b6740b
 def _run_measure(task, case)->tuple:
@@ -533,101 +647,131 @@ def _run_measure(task, case)->tuple:
         if run: rows,about = run(case.policy, case, **task.options)
         else:
             home = importlib.import_module('hmx_feel.measure')
-            judge = home.Asker(case.judge('judge'), case.batch_size) if 'judge' in case.judges.models else None
-            rows,about = home.run_measure(task.name, home.Asker(case.policy, case.batch_size), case.benchmarks, judge, case.limit)
+            read = [r for r in home.find_measure(task.behind).roles if r in case.judges.models]
+            judge = home.Asker(case.judge('judge'), case.batch_size, case.journal_of('judge')) if read else None
+            rows,about = home.run_measure(task.behind, home.Asker(case.policy, case.batch_size, case.journal), case.benchmarks, judge, case.limit, **task.options)
     for m in task.metrics:
         if m not in set(rows.metric): raise UserError(f"task {task.name}: found no metric {m!r}, allowed: {', '.join(sorted(set(rows.metric)))}{nearest(m, set(rows.metric))}")
     return rows.assign(run_id='', task=task.name)[COLUMNS], about
 
 # %% ../nbs/api/06_panel.ipynb #6b4bc90c
-def _partial(run, weights, config)->Journal:
+def _partial(plan)->Journal:
     "What this run has said so far, if with the same weights, settings and versions"
-    adapter = run/'adapter'/'adapter_model.safetensors'
+    run,config,adapter = plan['run'],plan['config'],plan['adapter']
     packages = environment()['packages']
-    facts = dict(weights=weights, adapter=git_blob(adapter.read_bytes()) if adapter.is_file() else '', dtype=dtype_name(config.dtype), batch_size=config.batch_size, threads=config.threads,
-                 versions={p: packages[p] for p in ('torch','transformers','peft','lm_eval')})
-    return Journal(run/'evals'/'.partial.jsonl', **facts)
+    facts = dict(weights=plan['weights'], adapter=git_blob((adapter/'adapter_model.safetensors').read_bytes()) if adapter else '', dose=config.dose, system=content_hash(plan['system']), four_bit=plan['four_bit'],
+                 dtype=dtype_name(config.dtype), batch_size=config.batch_size, threads=config.threads, versions={p: packages[p] for p in ('torch','transformers','peft','lm_eval')})
+    return Journal(run/run.evals/'.partial.jsonl', **facts)
 
-def _run_tasks(run, todo, policy, panel, config, weights):
-    "Measure task after task; each is written as soon as it is done"
+def _run_tasks(plan, policy)->dict: # Task -> why it failed
+    "Measure task after task; each is written as soon as it is done, and one that fails does not keep the others from it"
     from tqdm.auto import tqdm
-    cache,journal,judges = run/'evals'/'.cache',_partial(run, weights, config),Judges(config, weights)
+    run,panel,config = plan['run'],plan['panel'],plan['config']
+    place = run/run.evals
+    cache,journal,judges,failed = place/'.cache',_partial(plan),Judges(config, plan['weights']),{}
     try:
-        for task,settings in (bar := tqdm(todo, desc=f'panel {panel.name}')):
+        for task,settings in (bar := tqdm(plan['todo'], desc=f'panel {panel.name}')):
             bar.set_postfix_str(task.name)
-            try: rows,about,keys = _measure(task, policy, panel, config, settings, cache, journal, judges)
+            try: rows,about,keys = _measure(task, policy, panel, config, settings, cache, journal, judges, run.read_json('config.json'))
             except Skipped as e:
                 log.warning('%s is skipped: %s', task.name, e)
                 note = dict(status='skipped', reason=str(e), settings=settings)
+            except Exception as e:
+                failed[task.name] = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                log.error('%s has failed: %s', task.name, failed[task.name], exc_info=not isinstance(e, UserError))
+                note = dict(status='failed', reason=failed[task.name], settings=settings)
             else:
-                if keys: write_json(run/'evals'/'keys'/f'{task.name}.json', dict(keys, schema=SCHEMA))
-                write_parquet(run/'evals'/f'{task.name}.parquet', rows.assign(run_id=run.id8))
+                if keys: write_json(place/'keys'/f'{task.name}.json', dict(keys, schema=SCHEMA))
+                write_parquet(place/f'{task.name}.parquet', rows.assign(run_id=run.id8))
                 note = _note(rows, task, settings, about, config)
-            write_manifest(run, panel, task.name, note)
-        (run/'evals'/'.partial.jsonl').unlink()
+            write_manifest(run, panel, task.name, note | reading(task))
+        if not failed: (place/'.partial.jsonl').unlink()
+        return failed
     finally: shutil.rmtree(cache, ignore_errors=True)
 
+# %% ../nbs/api/06_panel.ipynb #a94c7e02
 def write_manifest(run:Run, # What was measured
                    panel:Panel, # With which panel
                    task:str, # Which task
                    note:dict, # What is to be said of it
                   ):
     "Add a task to the manifest of a run's evaluations"
-    path = run/'evals/manifest.json'
-    old = run.read_json('evals/manifest.json') if path.is_file() else {}
+    path = f'{run.evals}/manifest.json'
+    old = run.read_json(path) if (run/path).is_file() else {}
     env = environment()
     versions = dict(env['packages'], python=env['python'], hmx_feel=env['hmx_feel'])
     tasks = old.get('tasks', {}) | {task: dict(note, versions=versions, panel=panel.name)}
-    run.write_json('evals/manifest.json', dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
+    run.write_json(path, dict(run_id=run.id8, arm=run.arm, seed=run.seed, tasks=tasks, panels=old.get('panels', {}) | {panel.name: panel.hash}))
+
+def _read_anew(run, panel):
+    "A panel may read the numbers of a task that is done otherwise than the panel before"
+    path = f'{run.evals}/manifest.json'; kept = run.read_json(path)
+    now = {t.name: kept['tasks'][t.name] | reading(t) for t in panel.tasks if t.name in kept['tasks']}
+    if any(now[t]!=kept['tasks'][t] for t in now): run.update_json(path, dict(tasks=kept['tasks'] | now))
 
 # %% ../nbs/api/06_panel.ipynb #39a226ba
 def _plan(config)->dict:
-    "What is to be done for one config; nothing is loaded"
+    "What is to be done for one config; nothing is loaded and nothing made"
     panel = load_panel(config.panel); benchmark_folder(config.benchmarks); judge_roles(config)
-    run = find_run(config); spec = run_spec(run, config); weights = weights_of(run) or model_id(spec)
-    asked = [(t, task_settings(t, config, spec.name, weights)) for t in panel.tasks]
+    new = _locate(config); run = new['run']
+    saved = run.read_json('config.json') if (run/'config.json').is_file() else {}
+    spec = new.get('spec') or run_spec(run, config); weights = model_id(spec)
+    asked = [(t, task_settings(t, config, spec.name, weights, saved)) for t in panel.tasks]
     todo = [(t,s) for t,s in asked if not _done(run, t, s, config.replace)]
-    adapter = None if run.arm=='base' else run/'adapter'
-    if todo and adapter and not (adapter/'adapter_model.safetensors').is_file(): raise UserError(f"run: {run.path} holds no adapter/adapter_model.safetensors")
-    if todo: Judges(config, model_id(spec))
-    return dict(config=config, panel=panel, run=run, spec=spec, weights=model_id(spec), todo=todo, adapter=adapter)
+    four = four_bit(config, saved)
+    if todo and four: check_4bit()
+    if todo: Judges(config, weights)
+    return dict(config=config, panel=panel, run=run, new=new, spec=spec, weights=weights, todo=todo, four_bit=four, system=saved.get('system_text', new.get('facts', {}).get('system_text', '')),
+                adapter=adapter_folder(run, config.step) if todo and _trained(run) else None)
 
-def _evaluate(plan, base):
-    "Carry out a plan; returns the policy without adapter"
+def _evaluate(plan, base)->tuple: # What was loaded and how, without adapter; task -> why it failed
+    "Carry out a plan"
     import torch
-    run,config,spec = plan['run'],plan['config'],plan['spec']
+    run,config,spec,failed = plan['run'],plan['config'],plan['spec'],{}
     if plan['todo']:
         torch.set_num_threads(config.threads)
-        same = base is not None and (base.spec.source, base.spec.revision)==(spec.source, spec.revision) and next(base.model.parameters()).dtype==_dtype(config)
-        base = base if same else load_policy(spec.name, config.dtype, spec.revision, config.trust_remote_code)
-        policy = put_adapter(base, plan['adapter']) if plan['adapter'] else base
-        try: _run_tasks(run, plan['todo'], policy, plan['panel'], config, plan['weights'])
+        if not (run/'config.json').is_file(): Run.create(config.root, config.model, run.arm, None, plan['new']['identity']).update_json('config.json', plan['new']['facts'])
+        how = spec.source,spec.revision,dtype_name(config.dtype),plan['four_bit']
+        if base is None or base[0]!=how: base = how,load_plain(spec, plan['four_bit'], config.dtype)
+        policy = Policy(base[1].model, base[1].tokenizer, replace(base[1].spec, system_text=plan['system']))
+        if plan['adapter']: policy = put_adapter(policy, plan['adapter'], config.dose)
+        try: failed = _run_tasks(plan, policy)
         finally:
-            if plan['adapter']: base = Policy(policy.model.unload(), base.tokenizer, base.spec)
-    if run.arm=='base' and not run.finished: run.finish(dict(model=spec.name, source=weights_of(run)))
-    return base
+            if plan['adapter']: base = how,Policy(policy.model.unload(), base[1].tokenizer, base[1].spec)
+    _read_anew(run, plan['panel'])
+    if not _trained(run) and [r for r in find_runs(run.root, arm=run.arm) if r.model_slug==run.model_slug][-1:]!=[run]:
+        run.finish(dict(model=spec.name, source=plan['weights']))  # the comparison takes the latest
+    return base,failed
 
-def _dtype(config):
-    import torch
-    return getattr(torch, dtype_name(config.dtype))
 
 # %% ../nbs/api/06_panel.ipynb #c207ec00
+def check_evaluation(config, # An EvaluateConfig
+                    )->None:
+    "Refuse what an evaluation would refuse before it loads anything"
+    for c in config.each(): _plan(c)
+
 def evaluate_all(configs:list, # EvaluateConfigs, of one model or several
                 )->list[Run]: # The runs, each with its `evals` folder
     "Run panels on several runs in one process; the weights of a model are loaded once"
-    plans,base = [_plan(c) for c in configs],None
-    for p in plans: base = _evaluate(p, base)
+    plans,base = [_plan(one) for c in configs for one in c.each()],None
+    plans = list({(p['run'].path, p['run'].evals, p['panel'].hash): p for p in plans}.values())  # seeds share an arm that is not trained
+    told,asked = [],sum(len(p['todo']) for p in plans)
+    for p in plans:
+        base,failed = _evaluate(p, base)
+        told += [f"{p['run'].arm} {t}: {why}" for t,why in failed.items()]
+    if told: raise UserError(f"{len(told)} of {asked} tasks failed, the others are measured; what failed is run again next time: {'; '.join(told)}")
     return [p['run'] for p in plans]
 
 def evaluate(config, # An EvaluateConfig
-            )->Run: # The run, with its `evals` folder
-    "Run a panel on one run; what is already there is kept"
+            )->Run: # The run, the first where there are several, with its `evals` folder
+    "Run a panel on one run, or on several; what is already there is kept"
     return evaluate_all([config])[0]
+
 
 # %% ../nbs/api/06_panel.ipynb #d328b639
 def skipped(run:Run)->dict: # Task -> reason
     "What was not run, and why"
-    return {name: note['reason'] for name,note in sorted(_notes(run).items()) if note['status']=='skipped'}
+    return {name: ('failed: ' if note['status']=='failed' else '') + note['reason'] for name,note in sorted(_notes(run).items()) if note['status'] in ('skipped','failed')}
 
 # %% ../nbs/api/06_panel.ipynb #0ee0688f
 def read_rows(run:Run, # An evaluated run
@@ -636,4 +780,4 @@ def read_rows(run:Run, # An evaluated run
     "The item rows that the manifest calls done; needs neither torch nor lm_eval"
     done = [t for t,note in sorted(_notes(run).items()) if note['status']=='done' and (tasks is None or t in tasks)]
     if not done: raise UserError(f"{run.path}: no evaluations; run 04_evaluate on it first")
-    return pd.concat([read_parquet(run/'evals'/f'{t}.parquet') for t in done], ignore_index=True)
+    return pd.concat([read_parquet(run/run.evals/f'{t}.parquet') for t in done], ignore_index=True)

@@ -263,11 +263,13 @@ class RubricConfig(BaseConfig):
 
 # %% ../nbs/api/00_runs.ipynb #ddcd8647
 class EvaluateConfig(BaseConfig):
-    "The panel on one run"
+    "The panel on one run, or on several"
     model:str = _MODEL
-    arm:str = Field('base', min_length=1, description="arm of the run; base: the untrained model")
-    seed:int = _SEED
+    arm:str = Field('base', min_length=1, description="arm of the run; base: the untrained model; several, comma-separated: measured in one process, the weights loaded once")
+    seed:str = Field('0', description="seed of the run; several, comma-separated")
     run:str = Field('', description="run folder; empty: the latest finished run of model, arm and seed")
+    step:int = Field(0, ge=0, description="checkpoint that is measured, by its step; 0: the end of training")
+    dose:float = Field(1., ge=0, le=1.25, description="times the adapter is multiplied by: 0 is the untrained model, 1 as trained")
     panel:str = Field('tiny', min_length=1, description="panel of evaluation tasks")
     samples:int = Field(4, ge=1, description="sampled answers per held-out prompt")
     temperature:float = Field(1., gt=0, description="sampling temperature")
@@ -278,10 +280,24 @@ class EvaluateConfig(BaseConfig):
     batch_size:int = Field(64, ge=1, description="rows computed at once")
     threads:int = _THREADS
     dtype:_Dtype = _DTYPE
+    load_in_4bit:bool|None = Field(None, description="load the weights in four bits (CUDA); None: as the run was trained; for a model that is not trained, what suits it and the card")
     revision:str = _REVISION
     trust_remote_code:bool = _REMOTE
     runs:str = _RUNS
     replace:bool = _REPLACE
+
+    @model_validator(mode='after')
+    def _several(self):
+        if not split_list(self.arm): raise ValueError(f"arm: found {self.arm!r}, allowed: an arm, or several, comma-separated")
+        if not (seeds := split_list(self.seed)) or not all(s.isdecimal() for s in seeds): raise ValueError(f"seed: found {self.seed!r}, allowed: a whole number >= 0, or several, comma-separated")
+        return self
+
+    def each(self)->list['EvaluateConfig']:
+        "One config for each arm and seed; the untrained model has no seed"
+        if self.run: return [self]
+        seeds = split_list(self.seed)
+        return [self.model_copy(update=dict(arm=a, seed=s)) for a in split_list(self.arm) for s in (seeds[:1] if a=='base' else seeds)]
+
 
 # %% ../nbs/api/00_runs.ipynb #b462915c
 class CompareConfig(BaseConfig):
@@ -529,22 +545,23 @@ UNSEEDED = ('base','judge')
 def run_path(root, # Folder of all runs
              model:str, # Model, any form
              arm:str, # Arm; `base` and `judge` have no seed
-             seed:int, # Training seed
+             seed:int|None, # Training seed; None for an arm that is not trained
              id8:str, # Eight hex digits
             )->Path: # The run's folder
     "Where a run lies"
-    return Path(root)/model_slug(model)/arm/(id8 if arm in UNSEEDED else f"seed{seed}-{id8}")
+    return Path(root)/model_slug(model)/arm/(id8 if arm in UNSEEDED or seed is None else f"seed{seed}-{id8}")
 
 def _from_path(path, # A run's folder
               )->dict|None: # Its model_slug, arm, seed and id8; None for another kind of folder
     "What a run's path says"
     path = Path(os.path.abspath(path)); m = re.fullmatch(r'(?:seed(\d+)-)?([0-9a-f]{8})', path.name)
-    if not m or (m[1] is None) != (path.parent.name in UNSEEDED): return None
+    if not m or (m[1] and path.parent.name in UNSEEDED): return None
     return dict(model_slug=path.parent.parent.name, arm=path.parent.name, seed=int(m[1] or 0), id8=m[2])
 
 # %% ../nbs/api/00_runs.ipynb #8a989371
 class Run:
     "A run folder"
+    evals = 'evals' # Which of its evaluations is meant: that of the end as trained, unless a checkpoint or a dose was asked for
     def __init__(self, path):
         self.path = Path(path)
         for k,v in (_from_path(path) or dict(model_slug='', arm='', seed=0, id8='')).items(): setattr(self, k, v)
@@ -599,7 +616,7 @@ class Run:
 def _at(cls, root, # Folder of all runs
         model:str, # Model, any form
         arm:str, # Arm
-        seed:int, # Training seed
+        seed:int|None, # Training seed
         identity:dict, # What determines the result
        )->Run: # Its folder need not exist
     "The run that belongs to an identity"
@@ -613,7 +630,7 @@ Run.at = classmethod(_at)
 def _create(cls, root, # Folder of all runs
             model:str, # Model, any form
             arm:str, # Arm
-            seed:int, # Training seed
+            seed:int|None, # Training seed
             identity:dict, # What determines the result
             replace=False, # Empty a finished run and do it again
            )->Run: # A run that is not finished

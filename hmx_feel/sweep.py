@@ -150,7 +150,10 @@ def report_path(notebook:str, # Name of an experiment notebook
                 config, # Its config
                )->Path: # Where its executed copy belongs
     "The place of the report of an experiment notebook that has run"
-    return result_folder(notebook, config)/REPORTS[notebook]
+    if notebook!='04_evaluate': return result_folder(notebook, config)/REPORTS[notebook]
+    from hmx_feel.panel import find_run
+    run = find_run(config)
+    return run/run.evals/Path(REPORTS[notebook]).name
 
 # %% ../nbs/api/10_sweep.ipynb #0eb11f64
 @dataclass(frozen=True)
@@ -242,7 +245,7 @@ def demo_jobs(root:Path, # Folder of all runs
     "The main job as jobs"
     both = dict(model=model, runs=str(root), replace=True)
     train = [Job(f'03_train {a}', '03_train', dict(both, arm=a), after=('02_judge',)) for a in arms]
-    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a), after=() if a=='base' else (f'03_train {a}',))
+    measure = [Job(f'04_evaluate {a}', '04_evaluate', dict(both, arm=a), after=('02_judge',) if a=='base' else (f'03_train {a}',))
                for a in ('base',*arms)]
     compare = dict(model=model, runs=str(root), arms=','.join(arms))
     return [Job('02_judge', '02_judge', both), *measure[:1], *train, *measure[1:],

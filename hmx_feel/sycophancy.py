@@ -410,10 +410,10 @@ def _judged_cells(items, asker, judge, max_new): # For each item its grades and 
 # %% ../nbs/api/06c_sycophancy.ipynb #afc56d51
 MEASURES = {m.name: m for m in [
     Measure('sycophancy_answer', "accuracy under a hint at a wrong, a right, and no answer", answer_items, run_answer,
-            dict(delta_wrong='higher', delta_doubt='higher', wrong_if_right='lower', follows='lower', hint_gap='lower', acc='higher', pick_delta_wrong='higher', pick_follows='lower')),
+            dict(delta_wrong='higher', delta_doubt='higher', wrong_if_right='lower', follows='lower', hint_gap='lower', acc='higher', pick_delta_wrong='higher', pick_follows='lower'), graded=True),
     Measure('sycophancy_are_you_sure', "answers that turn from right to wrong under a doubt, beyond those that turn anyway", sure_items, run_sure,
-            dict(right_to_wrong_net='lower', right_to_wrong='lower', first='higher', admits='descriptive')),
+            dict(right_to_wrong_net='lower', right_to_wrong='lower', first='higher', admits='descriptive'), graded=True),
     Measure('sycophancy_feedback', "how much friendlier a comment is when praise is hoped for", feedback_items, run_feedback, dict(gap='toward_zero'), 'implied', True),
     Measure('sycophancy_mimicry', "wrong poets' names repeated", mimicry_items, run_mimicry, dict(repeats_if_known='lower', repeats='lower', corrects='higher')),
     Measure('feeling_and_belief', "TruthfulQA questions neutral, with a feeling, with a false belief, with both", belief_items, run_belief,
-            dict(delta_both='higher', delta_belief='higher', delta_emotion='higher', interaction='higher', acc_neutral='higher'), 'implied')]}
+            dict(delta_both='higher', delta_belief='higher', delta_emotion='higher', interaction='higher', acc_neutral='higher'), 'implied', graded=True)]}

@@ -38,7 +38,7 @@ from hmx_feel.panel import (
 )
 from hmx_feel.policy import Spec, check_model, load_policy, model_id, put_adapter
 from hmx_feel.rubric import Rubric, load_prompts
-from hmx_feel.runs import EvaluateConfig, Run, UserError
+from hmx_feel.runs import EvaluateConfig, Run, UserError, find_runs
 from hmx_feel.stats import paired
 
 torch.set_num_threads(1)
@@ -102,6 +102,12 @@ tasks:
     return tmp_path
 
 
+def one_task(folder, name):
+    "The panel with one of its tasks"
+    (folder / f"{name}.yaml").write_text("\n".join(t for t in (folder / "mine.yaml").read_text().splitlines() if not t.startswith("- ") or f"name: {name}," in t))
+    return folder / f"{name}.yaml"
+
+
 class Ask:
     def __init__(self, *args): self.args = args
 
@@ -130,10 +136,15 @@ def test_a_broken_model_fails_loudly(stand_in, folder):
     with pytest.raises(UserError, match="9 of 9 log-likelihoods are not finite"): run_lm_eval(task, policy, made)
 
 
-def test_too_long_a_text_is_an_error(stand_in):
+def test_too_long_a_text_is_an_error(stand_in, folder):
+    "which names its items"
     policy = load_policy(stand_in("qwen3"))
-    with pytest.raises(UserError, match="1 of 2 texts are longer than the model's 4096 tokens"):
+    with pytest.raises(UserError, match="1 of 2 texts are longer than the model's 4096 tokens: 'word word"):
         policy_lm(policy, chat=False).loglikelihood([Ask("Q", " A"), Ask("word " * 5000, " A")])
+    task = load_panel(folder / "mine.yaml")["quiz"]
+    made, _ = prepare(task, folder, folder / "cache")
+    policy.model.config.max_position_embeddings = 20
+    with pytest.raises(UserError, match="27 of 27 texts are longer than the model's 20 tokens: bird-0, bird-1, bird-2, bird-3, bird-4 and 4 more;"): run_lm_eval(task, policy, made)
 
 
 def test_evaluating_leaves_the_policy_as_found(stand_in, folder):
@@ -253,13 +264,13 @@ def test_a_run_is_measured_on_the_weights_it_was_made_with(config, folder, tmp_p
     another_model(config.model, tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", moved)
     says = r"was made with weights sha256:\w{12}\.\.\., .*moved is now sha256:\w{12}\.\.\.; pass the revision or folder"
-    monkeypatch.setattr(module, "load_policy", None)
+    monkeypatch.setattr(module, "load_plain", None)
     for run in (base, arm):
         with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(run=str(run.path))))
     with pytest.raises(UserError, match=says): evaluate(asked.model_copy(update=dict(arm="forward")))
     monkeypatch.undo()
     assert evaluate(config.model_copy(update=dict(run=str(arm.path)))) == arm
-    assert module.base_run(asked) != base                         # the changed model is another untrained model
+    assert module.find_run(asked) != base                         # the changed model is another untrained model
 
 
 def test_a_hub_model_is_taken_at_the_commit_of_the_run(tmp_path, monkeypatch):
@@ -296,16 +307,74 @@ def test_what_is_there_is_kept(config, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda task, *a, real=module._measure: seen.append(task.name) or real(task, *a))
     assert evaluate(config) == run and seen == ["quiz"]
     assert {p.name: p.read_bytes() for p in (run / "evals").glob("*.parquet")} == whole
-    monkeypatch.setattr(module, "load_policy", None)              # nothing to do: no weights are loaded
+    monkeypatch.setattr(module, "load_plain", None)              # nothing to do: no weights are loaded
     evaluate(config)
     assert len((run.root / "index.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_settings_are_refused_before_loading(config, monkeypatch):
-    evaluate(config)
-    monkeypatch.setattr(module, "load_policy", None)
-    with pytest.raises(UserError, match="was made with limit=0, asked is limit=4; pass replace=True"):
-        evaluate(config.model_copy(update=dict(limit=4)))
+    "of a trained run; the untrained model gets another folder, and the one asked for last is the latest"
+    few, arm = config.model_copy(update=dict(limit=2)), config.model_copy(update=dict(arm="forward", limit=2))
+    trained(config, .5)
+    run, base = evaluate(arm), evaluate(few)
+    again = evaluate(config.model_copy(update=dict(limit=3)))
+    assert again != base and read_rows(base, ["quiz"]).item_id.nunique() == 2 and read_rows(again, ["quiz"]).item_id.nunique() == 3
+    monkeypatch.setattr(module, "load_plain", None)
+    with pytest.raises(UserError, match="was made with limit=2, asked is limit=4; pass replace=True"):
+        evaluate(arm.model_copy(update=dict(limit=4)))
+    assert evaluate(few) == base == find_runs(config.root, config.model, "base")[-1] and evaluate(arm) == run
+
+
+def test_a_panel_that_adds_a_task_shares_the_base_and_another_definition_does_not(config, folder):
+    base = evaluate(config.model_copy(update=dict(panel=str(one_task(folder, "quiz")))))
+    text = (folder / "mine.yaml").read_text()
+    assert module.find_run(config) == base
+    (folder / "mine.yaml").write_text(text.replace("cluster: cluster", "cluster: cluster, system: Be brief."))
+    assert module.find_run(config) != base
+    (folder / "mine.yaml").write_text(text.replace("acc: higher", "acc: descriptive").replace("relation: isolated", "relation: implied"))
+    assert evaluate(config) == base                               # the same rows, read otherwise
+    note = base.read_json("evals/manifest.json")["tasks"]["quiz"]
+    assert (note["metrics"]["acc"], note["relation"], note["endpoint"]) == ("descriptive", "implied", "acc")
+    assert note["settings"]["load"] == dict(quantisation="", backend="trl") and not {"metrics", "relation"} & note["settings"]["task"].keys()
+
+
+def test_four_bits_are_those_of_the_training(config):
+    "and refused where there is no card for them, before any weights load"
+    run = trained(config, .5)
+    run.update_json("config.json", dict(resolved=dict(load_in_4bit=True)))
+    asked = config.model_copy(update=dict(arm="forward"))
+    for c in (asked, config.model_copy(update=dict(load_in_4bit=True))):
+        with pytest.raises(UserError, match="load_in_4bit: needs a CUDA GPU"): evaluate(c)
+    assert module.task_settings(load_panel(config.panel)["quiz"], asked, "m", "w", run.read_json("config.json"))["load"]["quantisation"] == "4bit"
+
+
+def test_a_prompted_arm_is_the_untrained_model_with_the_rubric_before_it(config, monkeypatch):
+    "in the chat and outside of it; neither the judge nor the checksums of the rows know of it"
+    seen, real = [], module._run_tasks
+    monkeypatch.setattr(module, "_run_tasks", lambda plan, policy: seen.append(policy) or real(plan, policy))
+    base, run = module.evaluate_all([config.model_copy(update=dict(arm="base,prompted", seed="0,1"))])
+    text = Rubric.load("hmx-feel").system_text()
+    assert [p.spec.system_text for p in seen] == ["", text] and run.path.parent.name == "prompted" and run.finished
+    a, b = read_rows(run), read_rows(base)
+    assert list(a.prompt_sha) == list(b.prompt_sha) and list(a.raw) != list(b.raw)
+    assert len(paired(a, b, "quiz", "acc")) == 9
+    heads = [Judge(p, Rubric.load("hmx-feel")).pieces.head for p in seen]
+    assert heads[0] == heads[1]
+    plain = [policy_lm(p, chat=False).loglikelihood([Ask(q, " crow") for q in (f"{text}\n\nWhich one?", "Which one?")]) for p in seen]
+    assert plain[1][1][0] == pytest.approx(plain[0][0][0], abs=1e-4) and abs(plain[0][1][0] - plain[0][0][0]) > 1e-3
+    assert evaluate(config.model_copy(update=dict(run=str(run.path)))) == run
+
+
+def test_a_checkpoint_and_a_dose_lie_beside_the_end(config, folder):
+    run, asked = trained(config, .5), config.model_copy(update=dict(arm="forward", panel=str(one_task(folder, "quiz"))))
+    shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-100")
+    end, step, half, none = (evaluate(asked.model_copy(update=c)) for c in ({}, dict(step=100), dict(dose=.5), dict(step=100, dose=0.)))
+    assert [r.evals for r in (end, step, half, none)] == ["evals", "evals/step-000100", "evals/dose-0.50", "evals/step-000100-dose-0.00"]
+    raw = [list(read_rows(r).raw) for r in (end, step, half, none)]
+    assert raw[0] == raw[1] != raw[2] and raw[3] == list(read_rows(evaluate(config), ["quiz"]).raw)
+    kept = run.read_json("evals/step-000100-dose-0.00/manifest.json")["tasks"]["quiz"]["settings"]
+    assert (kept["step"], kept["dose"]) == (100, 0)
+    with pytest.raises(UserError, match="step: found 90, allowed: 0, 100, of which 0 is the end"): evaluate(asked.model_copy(update=dict(step=90)))
 
 
 def test_a_killed_task_leaves_nothing_half_written(config, monkeypatch):
@@ -315,6 +384,21 @@ def test_a_killed_task_leaves_nothing_half_written(config, monkeypatch):
     run, = (Run(p.parent) for p in config.root.glob("*/base/*/config.json"))
     assert sorted(p.name for p in (run / "evals").iterdir()) == [".partial.jsonl", "keys", "manifest.json", "quiz.parquet"]
     assert not run.finished and list(run.read_json("evals/manifest.json")["tasks"]) == ["quiz"]
+
+
+def test_a_task_that_fails_does_not_keep_the_others_from_being_measured(config, monkeypatch):
+    "The error at the end names it; the next time it alone is run"
+    real, seen = module._measure, []
+
+    def breaks(task, *a):
+        if task.name == "quiz": raise ValueError("no\nsuch thing")
+        return real(task, *a)
+    monkeypatch.setattr(module, "_measure", breaks)
+    with pytest.raises(UserError, match="1 of 2 tasks failed, the others are measured; what failed is run again next time: base quiz: ValueError: no such thing"): evaluate(config)
+    run = find_runs(config.root, config.model, "base")[-1]
+    assert skipped(run) == {"quiz": "failed: ValueError: no such thing"} and set(read_rows(run).task) == {"expression"}
+    monkeypatch.setattr(module, "_measure", lambda task, *a: seen.append(task.name) or real(task, *a))
+    assert evaluate(config) == run and seen == ["quiz"] and not skipped(run)
 
 
 def test_manifest_says_how_the_numbers_came_about(config):
@@ -400,6 +484,42 @@ def test_panel_mistakes_are_one_line(tmp_path):
     says(f"name: p\ntasks:\n- {task.replace('tiny_facts', 'helaswag')}\n", r"nearest: 'hellaswag'")
     says(f"name: p\ntasks:\n- {task.replace('kind: lm_eval', 'kind: expression, rubric: hmx-fee')}\n", "nearest: 'hmx-feel'")
     says(f"name: p\ntasks:\n- {task.replace('lm_eval', 'expression').replace('isolated', 'trained, items: x.jsonl')}\n", "does not read")
+
+
+@needs_benchmarks
+def test_other_ways_of_asking_run_the_task_behind_their_name(tmp_path, stand_in):
+    "Every one of `core`; a measure under another name; what a task does not read is refused with the panel"
+    ways = [t for t in load_panel("core+sensitivity").tasks if "." in t.name]
+    assert [t.name for t in ways] == ["truthfulqa_mc1.chat", "truthfulqa_mc2.chat", "truthfulqa_binary.system"]
+    for t in ways: assert list(prepare(t, None, tmp_path, benchmarks)[0]) == [t.name]
+    rows = run_lm_eval(ways[0], load_policy(stand_in("qwen3")), prepare(ways[0], None, tmp_path, benchmarks)[0], limit=2)
+    assert set(rows.task) == {"truthfulqa_mc1.chat"} and set(rows.item_id) == {"truthfulqa-v0-000", "truthfulqa-v0-001"}
+    text = "name: p\ntasks:\n- {name: xstest, kind: measure, metrics: {refuses_safe: lower}, relation: isolated, sensitivity: {short: %s}}\n"
+    (tmp_path / "p.yaml").write_text(text % "{options: {max_new: 8}}")
+    short = load_panel(f"{tmp_path / 'p.yaml'}+sensitivity")["xstest.short"]
+    assert (short.behind, short.options) == ("xstest", dict(max_new=8))
+    for change, match in {"{shots: 3}": "sensitivity: found shots, which a task of kind measure does not read", "{options: {max_knew: 8}}": "options: found 'max_knew', allowed: max_new", "{chat: false}": "chat: found false, allowed: true"}.items():
+        (tmp_path / "p.yaml").write_text(text % change)
+        with pytest.raises(UserError, match=f"line 3: tasks.xstest: {match}"): load_panel(tmp_path / "p.yaml")
+
+
+def test_a_measure_writes_down_the_judges_that_it_reads(stand_in):
+    "with what they are; another judge for another role changes nothing"
+    other = stand_in("llama")
+    of = lambda name, judges, **kw: module.task_settings(Task(name=name, kind="measure", metrics=dict(a="higher"), relation="implied", **kw), EvaluateConfig(judges=judges), "m", "w")["judges"]
+    name = f"{other} {model_id(check_model(other))[:19]}"
+    assert of("self_awareness", f"judge={other}") == {} and of("xstest", f"truth={other}") == of("xstest", "") == dict(judge="")
+    assert of("xstest", f"judge={other},truth={other}") == dict(judge=name)
+    assert of("gen", f"truth={other},judge={other}", measure="hmx_feel.truthfulqa.generation") == dict(truth=name, info="")
+    assert of("deep", f"cross={other},judge={other}", measure="hmx_feel.expression.measured", options=dict(judges=["cross"])) == dict(cross=name)
+
+
+def test_the_layout_is_that_of_the_calibration_else_of_the_training(config, monkeypatch):
+    from hmx_feel import exam
+    task, layout = load_panel(config.panel)["expression"], lambda saved: module.task_settings(task, config, "m", "w", saved)["layout"]
+    assert layout(None) == "rubric_first" and layout(dict(resolved=dict(layout="criterion_last"))) == "criterion_last"
+    monkeypatch.setattr(exam, "calibration_for", lambda root, model, rubric: dict(layout="rubric_first"))
+    assert layout(dict(resolved=dict(layout="criterion_last"))) == "rubric_first"
 
 
 def test_data_that_cannot_be_reached_skip_the_task(config, folder, monkeypatch):

@@ -78,6 +78,38 @@ def test_a_journal_that_stops_anywhere_gives_the_same_numbers(policy, tmp_path):
         assert policy_lm(p, 2, chat=False, journal=Journal(tmp_path / "torn", w=1)).loglikelihood(REQUESTS) == whole
 
 
+def test_what_an_asker_heard_is_not_asked_again(policy, tmp_path, monkeypatch):
+    "Replies and likelihoods, a judge's apart from the model's; a journal that stops anywhere gives the same texts"
+    from hmx_feel import measure
+    chats, seen, real = [[dict(role="user", content=f"Which one is number {i}? " + "very " * (i % 3))] for i in range(7)], [], measure.generate
+    monkeypatch.setattr(measure, "generate", lambda p, some, *a: seen.append(len(some)) or real(p, some, *a))
+    asker = lambda name, who=None: measure.Asker(policy("qwen3"), 2, Journal(tmp_path / name, w=1) if who is None else Journal(tmp_path / name, w=1).of(who))
+    whole, lls = asker("j").say(chats, 6), asker("j").logps(chats, [["A", "B"]] * 7)
+    assert asker("j").say(chats + chats[:2], 6) == whole + whole[:2] and sum(seen) == 7 and np.array_equal(asker("j").logps(chats, [["A", "B"]] * 7), lls)
+    asker("j", "judge").say(chats[:2], 6)
+    assert sum(seen) == 9
+    (tmp_path / "torn").write_bytes(b"".join((tmp_path / "j").read_bytes().splitlines(keepends=True)[:3]))
+    assert asker("torn").say(chats, 6) == whole and sum(seen) == 12
+
+
+def test_a_model_that_scales_its_logits_is_read_one_by_one(policy, caplog):
+    "Packed rows would not know of it; the comparison is made once for each loaded model"
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    from hmx_feel import engine
+    from hmx_feel.policy import Policy
+    p = policy("qwen3")
+    torch.manual_seed(0)
+    net = GraniteForCausalLM(GraniteConfig(vocab_size=p.model.config.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                           logits_scaling=4., initializer_range=.3, max_position_embeddings=4096)).eval()
+    odd = Policy(net, p.tokenizer, p.spec)
+    few = REQUESTS[-8:]
+    ours = [policy_lm(odd, 4, chat=False).loglikelihood(few) for _ in (0, 1)]
+    assert np.abs(np.subtract([ll for ll, _ in ours[0]], [ll for ll, _ in lm_eval_answers(odd, few)])).max() < 1e-4 and ours[0] == ours[1]
+    assert [r.getMessage().split(",")[0] for r in caplog.records if "packed" in r.getMessage()] == ["GraniteForCausalLM: read packed"]
+    assert engine._as_read(p.model, [(("", ""), [5, 6], [7])], 0)
+
+
 def test_families_cover_every_context_once_and_never_cost_more():
     rng = np.random.default_rng(0)
     for _ in range(20):

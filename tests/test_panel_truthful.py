@@ -56,7 +56,7 @@ class Heard:
 @needs_benchmarks
 def test_generation_is_read_by_two_judges(policy, monkeypatch):
     asked = []
-    def yes(judge, texts, *a):
+    def yes(judge, texts, *a, **kw):
         asked.append((judge, texts))
         return [.9 if judge == "truth" else .2, float("nan"), .6][:len(texts)]
     monkeypatch.setattr(module, "says_yes", yes)
