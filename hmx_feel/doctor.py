@@ -12,7 +12,7 @@ import importlib.util,os,shutil,sys,threading,time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from .runs import _commit,runs_root
+from .runs import UserError,_commit,runs_root
 
 # %% ../nbs/api/10f_doctor.ipynb #58025403
 @dataclass(frozen=True)
@@ -119,13 +119,29 @@ def check_disk(root=None, # Folder of all runs; `runs_root()` unless given
     if free < 2: return [bad('disk', say, 'make room: a run of a small model takes about 1 GiB, and its checkpoints can be removed when it is finished')]
     return [note('disk', say, 'enough for `tiny`; `hmx-feel grid plan` says what a grid takes')] if free < 20 else [ok('disk', say)]
 
-def check_data()->list[Finding]:
-    "The folder of benchmark data"
-    named = os.environ.get('HMX_BENCHMARKS', '')
-    if not named: return [note('benchmarks', '$HMX_BENCHMARKS is not set: tasks with data of their own are skipped', 'set it to a folder of benchmark data')]
-    folder = Path(named).expanduser()
-    if not folder.is_dir(): return [bad('benchmarks', f"$HMX_BENCHMARKS: {folder} is not there", 'set it to an existing folder, or take it away')]
-    return [ok('benchmarks', f"{folder}: {sum(p.is_dir() for p in folder.iterdir())} folders")]
+def _reaches(url:str, # An address
+             wait:float=8., # Longest wait, s
+            )->str: # What is wrong; empty if nothing is
+    "Whether a file can be fetched"
+    import httpx
+    try: r = httpx.head(url, timeout=wait, follow_redirects=True)
+    except Exception as e: return type(e).__name__
+    return f'status {r.status_code}' if r.status_code >= 400 else ''
+
+def check_data(reaches=_reaches, # Function from an address to what is wrong with it
+              )->list[Finding]:
+    "Which benchmark files are here, and whether the others can be fetched"
+    from hmx_feel.data import _offline,benchmark_folder,cache_folder,sources
+    try: folder = benchmark_folder()
+    except UserError as e: return [bad('benchmarks', f"$HMX_BENCHMARKS: {e}", 'set it to an existing folder, or take it away')]
+    homes = [h for h in (folder, cache_folder()) if h]; known = sources()
+    lost = [n for n in known if not any((h/n).is_file() or (h/f'{n}.gz').is_file() for h in homes)]
+    say,cure = f"{len(known)-len(lost)} of {len(known)} files in {' and '.join(map(str, homes))}",'set HMX_BENCHMARKS to a folder that has them'
+    if not lost: return [ok('benchmarks', say)]
+    if _offline(): return [note('benchmarks', f"{say}; downloads are switched off, so tasks that need the others are skipped", cure)]
+    url = known[lost[0]]['url']; wrong = reaches(url)
+    if wrong: return [note('benchmarks', f"{say}; {url} cannot be fetched ({wrong}), so tasks that need the others are skipped", cure)]
+    return [ok('benchmarks', f"{say}; the others are fetched when a task needs them")]
 
 # %% ../nbs/api/10f_doctor.ipynb #50c5a5a2
 def check_hub(wait:float=8., # Longest wait, s

@@ -30,8 +30,13 @@ class Ended:
     key:str # Its name
     value:Any=None # What the function returned
     lost:str='' # What became of its process, if it did not come to its end
+    failed:str='' # What was raised, if the function did not return
 
 # %% ../nbs/api/10a_executors.ipynb #d936a4b7
+def _raised(e:BaseException)->str: # One line
+    "An exception in words"
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"
+
 def _call(env:dict, fn, args:tuple): # What the function returns
     "A task on the other side"
     os.environ.update(env)
@@ -134,6 +139,7 @@ def _ended(self, future)->Ended:
     key,w,_ = self.at.pop(future); w.now = None
     try: return Ended(key, future.result())
     except BrokenProcessPool: w.close(); return Ended(key, lost='the process that ran it was ended from outside')
+    except Exception as e: return Ended(key, failed=_raised(e))
 
 Local.room,Local.start,Local.wait,Local._ended = _room,_start,_wait,_ended
 
@@ -227,8 +233,8 @@ def _wait_ray(self, timeout:float|None=None)->list[Ended]:
 def _ended_ray(self, ref)->Ended:
     key = self.at.pop(ref)
     try: return Ended(key, self.ray.get(ref))
-    except self.ray.exceptions.RayTaskError: raise
-    except (self.ray.exceptions.RayError, self.ray.exceptions.WorkerCrashedError) as e: return Ended(key, lost=f"{type(e).__name__} after {self.retries} retries")
+    except self.ray.exceptions.RayTaskError as e: return Ended(key, failed=_raised(e.cause or e))
+    except self.ray.exceptions.RayError as e: return Ended(key, lost=f"{type(e).__name__} after {self.retries} retries")
 
 def _kill_ray(self)->None:
     "End every task at once"

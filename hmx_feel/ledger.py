@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'LEAVES', 'WORDS', 'Ledger', 'shipped_hash', 'folder_hash', 'own_stamp', 'stamp_of', 'files_of', 'edited',
-           'Task', 'work', 'State', 'judged_by_ledger', 'expected_run', 'Progress', 'check_grid', 'make_view',
-           'task_of', 'Driver', 'run_grid', 'status', 'status_text', 'commits']
+           'spot_of', 'elsewhere', 'Task', 'work', 'skipped_tasks', 'State', 'judged_by_ledger', 'expected_run',
+           'data_here', 'Progress', 'check_grid', 'make_view', 'measured_otherwise', 'task_of', 'Driver', 'run_grid',
+           'status', 'status_text', 'commits']
 
 # %% ../nbs/api/10c_ledger.ipynb #f076320f
-import functools,hashlib,os,platform,shutil,signal,threading,time
-from dataclasses import dataclass,replace
+import functools,hashlib,os,platform,re,shutil,signal,threading,time
+from dataclasses import dataclass,field,replace
 from pathlib import Path
 import hmx_feel
-from .runs import BEAT,SCHEMA,Run,UserError,_alive,_commit,append_jsonl,content_hash,hold,model_slug,noting_signals,read_json,read_jsonl,write_json,write_text
-from .rubric import load_arm
+from .runs import BEAT,SCHEMA,Run,UserError,_alive,_commit,append_jsonl,content_hash,hold,model_slug,noting_signals,read_json,read_jsonl,split_list,write_json,write_text
+from .rubric import load_arm,read_yaml
+from .panel import panel_path
+from .data import benchmark_folder,cache_folder,sources
 from .sweep import REPORTS,_execute,_plain,_say,config_of,notebook_path
 from .executors import Need
 from .grid import Grid,GridJob,cost_of,grid_folder,jobs_of,need_of,panels_of,slug_of
@@ -25,12 +28,13 @@ class Ledger:
     "The events of a grid, one JSON line each; the last one of a job counts"
     def __init__(self, folder): # The grid's folder
         self.folder = Path(folder); self.path = self.folder/'ledger.jsonl'
-        self.last,self.good,self.tries = {},{},{}
+        self.last,self.good,self.tries,self.owns = {},{},{},{}
         for row in read_jsonl(self.path) if self.path.is_file() else []: self._take(row)
     def _take(self, row):
         label,event = row['label'],row['event']; self.last[label] = row
         if event in ('finished','found'): self.good[label] = row
         self.tries[label] = 0 if event in ('finished','found') else self.tries.get(label, 0)+(event=='started')
+        self.owns[label] = {row.get('own')} | (set() if event in ('finished','found') else self.owns.get(label, set()))
     def add(self, label:str, event:str, **facts)->dict: # The row
         "Add an event"
         row = dict(facts, label=label, event=event, time=time.time(), schema=SCHEMA)
@@ -42,10 +46,11 @@ def _file_hash(path)->str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 @functools.cache
-def shipped_hash()->str:
-    "Everything that ships with the package as data and could change a result"
-    home = Path(hmx_feel.__file__).parent
-    files = [p for k in ('rubrics','prompts','tasks') for p in sorted((home/k).rglob('*')) if p.is_file()]
+def shipped_hash(notebook:str, # Name of an experiment notebook
+                )->str:
+    "What ships with the package as data and could change what a notebook finds"
+    home,kinds = Path(hmx_feel.__file__).parent,('rubrics','prompts',*(('tasks',) if notebook>='04' else ()))
+    files = [p for k in kinds for p in sorted((home/k).rglob('*')) if p.is_file() and (notebook>='05' or p.parent.name!='plans')]
     return content_hash([hmx_feel.__version__, SCHEMA, *([str(p.relative_to(home)), _file_hash(p)] for p in files)])
 
 @functools.cache
@@ -54,17 +59,35 @@ def folder_hash(path:str)->str:
     return content_hash([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(path).iterdir()) if p.is_file()])
 
 # %% ../nbs/api/10c_ledger.ipynb #b3199964
+def _named_in(path:Path, seen:dict)->dict: # Path -> sha256, with the file itself
+    "The files that a text file names, those that these name, and so on"
+    seen[path] = _file_hash(path)
+    if path.suffix not in ('.yaml','.yml','.json'): return seen
+    for w in sorted(set(re.findall(r'''[^\s"',:{}[\]]+''', path.read_text(encoding='utf-8', errors='replace')))):
+        for p in (path.parent/w, path.parent/f'{w}.yaml', path.parent/f"{w.partition('.')[0]}.py"):
+            if p not in seen and os.path.isfile(p): _named_in(p, seen)
+    return seen
+
 @functools.cache
-def _value(v:str)->str: # The text itself, and what lies behind it
-    "A parameter, with the content of the file or folder that it names"
-    path = Path(v.rpartition(':')[0] if ':' in v and not Path(v).exists() else v).expanduser()
-    try: return f'{v} {_file_hash(path)}' if path.is_file() else f'{v} {folder_hash(str(path))}' if (path/'config.json').is_file() else v
-    except OSError: return v
+def _behind(name:str)->list:
+    "The content of the file or folder that a text names, nothing if it names none"
+    for v in (name, name.rpartition(':')[0], name.partition('+')[0]):
+        path = Path(v).expanduser()
+        try:
+            if v and path.is_file(): return sorted(_named_in(path, {}).values())
+            if v and (path/'config.json').is_file(): return [folder_hash(str(path))]
+        except OSError: pass
+    return []
+
+def _value(v)->list: # The parameter itself, and what lies behind it
+    "A parameter, with the content of the files and folders that it names"
+    parts = [v, *split_list(v), *(p.rpartition('=')[2] for p in split_list(v))] if isinstance(v, str) else []
+    return [v, *(b for p in dict.fromkeys(parts) for b in _behind(p))]
 
 def own_stamp(job:GridJob)->str: # 64 hex digits
     "What goes into a job, apart from the jobs before it"
-    params = {k: _value(v) if isinstance(v, str) and v and k not in ('runs','out') else v for k,v in job.params.items() if k not in ('runs','replace','out')}
-    return content_hash([job.notebook, params, shipped_hash()])
+    params = {k: _value(v) for k,v in job.params.items() if k not in ('runs','replace','out')}
+    return content_hash([job.notebook, params, shipped_hash(job.notebook)])
 
 def stamp_of(own:str, before:list[str])->str: # 64 hex digits
     "A stamp from a job's own and those of the jobs before it"
@@ -91,6 +114,22 @@ def edited(root, row:dict, # A finished event
         if p.stat().st_size!=size: return f"{p}: found {p.stat().st_size} bytes, its job left {size}"
         if whole and (now := _file_hash(p))!=sha: return f"{p}: found sha256 {now[:8]}, its job left {sha[:8]}"
     return _misplaced(folder) if whole and (folder/'config.json').is_file() else ''
+
+def spot_of(path:str)->str: # A run's folder below the folder of runs, or for runs without a seed the one above
+    "Where evaluations share their rows"
+    return path if Path(path).name.startswith('seed') else str(Path(path).parent)
+
+def elsewhere(root, folder:Path, # Folder of runs, folder of a grid
+             )->dict: # Place and panel -> newest evaluation by any other grid
+    "What the other grids of this folder of runs have measured"
+    out = {}
+    for path in sorted((Path(root)/'grids').glob('*/ledger.jsonl')):
+        if path.parent==folder: continue
+        for row in Ledger(path.parent).good.values():
+            if not row.get('panel'): continue
+            key = spot_of(row['path']),row['panel']
+            if key not in out or row['time'] > out[key]['time']: out[key] = dict(row, grid=path.parent.name)
+    return out
 
 def _misplaced(folder)->str:
     "Whether a run's config.json belongs to its folder"
@@ -127,19 +166,24 @@ def _beat_and_listen(beat:Path, stop:Path, kernels:list, over:threading.Event, s
 
 def _place(task:Task)->Path: # The run's or comparison's folder
     "Where the result of a notebook lies, once it has run"
-    if task.place: return Path(task.place)
-    from hmx_feel.panel import find_run
-    return find_run(config_of(task.notebook, task.params)).path
+    if task.notebook in ('02_judge','03_train') and not Run(task.place).finished: place = expected_run(task).path
+    elif task.place: place = Path(task.place)
+    else:
+        from hmx_feel.panel import find_run
+        place = find_run(config_of(task.notebook, task.params)).path
+    if task.notebook < '05' and not Run(place).finished: raise UserError(f"{place}: found no result.json, although its notebook came to its end")
+    return place
 
 # %% ../nbs/api/10c_ledger.ipynb #73694db0
 def work(task:Task)->dict: # event, seconds, error, path, files, host, pid, commit
     "Run one notebook and say what became of it; the same on every executor"
     folder,start = Path(task.folder),time.time()
-    for name in ('work','failed'): (folder/name).mkdir(parents=True, exist_ok=True)
     beat,copy = folder/'work'/f'{task.slug}.json',folder/'work'/f'{task.slug}.ipynb'
     over,stopped,kernels = threading.Event(),[],[]
-    about = dict(host=platform.node(), pid=os.getpid())
+    about = dict(host=platform.node(), pid=os.getpid(), commit=_commit())
+    if (folder/'stop').exists(): return dict(about, event='stopped', error='the grid was stopped before it began')
     try:
+        for name in ('work','failed'): (folder/name).mkdir(parents=True, exist_ok=True)
         write_json(beat, dict(about, label=task.label, since=start))
         listener = threading.Thread(target=_beat_and_listen, args=(beat, folder/'stop', kernels, over, stopped), daemon=True); listener.start()
         _execute(notebook_path(task.source or task.notebook), copy, task.params, False, kernels)
@@ -147,7 +191,7 @@ def work(task:Task)->dict: # event, seconds, error, path, files, host, pid, comm
     except Exception as e: found = _what_happened(e, task, copy, bool(stopped))
     except KeyboardInterrupt: found = dict(event='stopped', error='interrupted')
     finally: over.set(); beat.unlink(missing_ok=True)
-    return dict(found, seconds=round(time.time()-start, 2), commit=_commit(), **about)
+    return dict(found, seconds=round(time.time()-start, 2), **about)
 
 # %% ../nbs/api/10c_ledger.ipynb #b5208aa1
 def _kept_report(task:Task, copy:Path)->dict:
@@ -155,7 +199,18 @@ def _kept_report(task:Task, copy:Path)->dict:
     place = _place(task)
     write_text(place/task.report, copy.read_text(encoding='utf-8')); copy.unlink(missing_ok=True)
     (Path(task.folder)/'failed'/f'{task.slug}.ipynb').unlink(missing_ok=True)
-    return dict(event='finished', path=os.path.abspath(place), files=files_of(task.notebook, place))
+    left_out = skipped_tasks(place, task.params['panel']) if task.notebook=='04_evaluate' else {}
+    return dict(event='finished', path=os.path.abspath(place), files=files_of(task.notebook, place)) | (dict(skipped=left_out) if left_out else {})
+
+def skipped_tasks(folder, # Of a run
+                  panel:str, # Name or file
+                 )->dict: # Task -> reason
+    "What a panel could not measure in a run"
+    path = Path(folder)/'evals'/'manifest.json'
+    notes = read_json(path).get('tasks', {}) if path.is_file() else {}
+    names = [t['name'] for t in read_yaml(panel_path(panel)[0])['tasks']]
+    ours = lambda t: any(t==x or t.startswith(f'{x}.') for x in names)
+    return {t: n['reason'] for t,n in sorted(notes.items()) if n['status']=='skipped' and ours(t)}
 
 def _what_happened(error, task:Task, copy:Path, stopped:bool)->dict:
     "Why a notebook did not end well; its copy, with the error in it, is kept"
@@ -174,24 +229,31 @@ class State:
     "What is known of a job"
     job:GridJob # The job
     stamp:str='' # Of the job as it would run now
-    word:str='todo' # todo, finished, changed, stale, edited, failed, running, lost, blocked
+    own:str='' # The part of it that is not from the jobs before
+    word:str='todo' # todo, finished, changed, stale, edited, failed, queued, running, lost, blocked
     path:str='' # Where its result is, below the folder of runs
     note:str='' # A remark
+    skipped:dict=field(default_factory=dict) # Tasks that an evaluation left out, with the reason
     row:dict|None=None # Its last event
 
-def judged_by_ledger(root, job:GridJob, stamp:str, book:Ledger, whole:bool)->State:
+def judged_by_ledger(root, job:GridJob, stamp:str, book:Ledger, whole:bool, # As for `edited`
+                     others:dict|None=None, # From `elsewhere`
+                    )->State:
     "What the ledger says of a job"
     good,last = book.good.get(job.label),book.last.get(job.label)
     out = State(job, stamp, row=last)
     if good and good.get('stamp')==stamp:
-        if wrong := edited(root, good, whole): return replace(out, word='edited', path=good['path'], note=wrong)
+        if wrong := edited(root, good, whole):
+            since = (others or {}).get((spot_of(good['path']), job.panel), good)
+            if since['path']==good['path'] and since['time'] > good['time'] and not edited(root, since, whole): return replace(out, word='changed', path=good['path'], note=f"measured by grid {since['grid']} since")
+            return replace(out, word='edited', path=good['path'], note=wrong)
         return replace(out, word='finished', path=good['path'])
     if last and last['event']=='failed' and last.get('stamp')==stamp: return replace(out, word='failed', note=last.get('error', ''))
     if good: out = replace(out, word='stale' if job.tolerant or job.notebook=='06_figures' else 'changed', path=good['path'], note='made from other runs or settings than there are now' if job.tolerant else '')
     return out
 
 # %% ../nbs/api/10c_ledger.ipynb #7f9327d2
-def expected_run(job:GridJob)->Run|None: # Its folder need not exist; None for other notebooks
+def expected_run(job:GridJob|Task)->Run|None: # Its folder need not exist; None for other notebooks
     "The run that a calibration or training would make; nothing is loaded but what identity needs"
     config = config_of(job.notebook, job.params)
     if job.notebook=='02_judge':
@@ -208,12 +270,20 @@ def _any_run(job:GridJob)->bool:
     return (root/arm).is_dir() and any(job.notebook=='02_judge' or p.name.startswith(f'seed{job.seed}-') for p in (root/arm).iterdir())
 
 # %% ../nbs/api/10c_ledger.ipynb #aa7015a3
+def data_here(benchmarks:str='', # Folder of benchmark data; empty = $HMX_BENCHMARKS
+             )->str: # 64 hex digits
+    "Which benchmark files are here, by their sizes"
+    homes = [h for h in (benchmark_folder(benchmarks), cache_folder()) if h]
+    found = [[n, p.stat().st_size] for n in sources() for h in homes for p in (h/n, h/f'{n}.gz') if p.is_file()]
+    return content_hash(sorted(found))
+
 class Progress:
     "The jobs of a grid with what is known of each"
     def __init__(self, grid:Grid, root, whole:bool=True, exact:bool=True): # Read files; ask for identities
         self.grid,self.root,self.whole,self.exact = grid,Path(root),whole,exact
         self.folder = grid_folder(grid, root); self.book = Ledger(self.folder)
         self.jobs = {j.label: j for j in jobs_of(grid, root)}; self.own,self.states,self.missing = {},{},{}
+        self.others,self.data = elsewhere(root, self.folder),functools.cache(data_here)
         for label in self.jobs: self.look(label)
     def _stamp(self, job)->str:
         before = [self.states[a] for a in job.after]
@@ -223,11 +293,18 @@ class Progress:
     def look(self, label)->State:
         "What is known of a job; those before it have been looked at"
         job = self.jobs[label]
-        s = judged_by_ledger(self.root, job, self._stamp(job), self.book, self.whole)
+        s = judged_by_ledger(self.root, job, self._stamp(job), self.book, self.whole, self.others)
+        s.own = _own_quick(job, self.own)
+        if s.word=='finished': s = self._skipped(s)
         if self.exact and s.word in ('todo','changed') and job.notebook in ('02_judge','03_train') and _any_run(job): s = self._by_identity(s)
         if s.word=='finished' and not self._whole(job): s = replace(s, word='stale', note='there is more to come')
         self.states[label] = s
         return s
+    def _skipped(self, s)->State:
+        "An evaluation that left tasks out is made again when data have come or gone since"
+        good = self.book.good[s.job.label]; s.skipped = good.get('skipped', {})
+        if not s.skipped or good.get('data')==self.data(s.job.params.get('benchmarks', '')): return s
+        return replace(s, word='changed', note=f"benchmark data have changed since {', '.join(s.skipped)} {'were' if len(s.skipped) > 1 else 'was'} skipped")
     def _whole(self, job)->bool:
         "Whether a comparison or its figures can still be what they were"
         if job.notebook not in ('05_compare','06_figures'): return True
@@ -236,7 +313,7 @@ class Progress:
 # %% ../nbs/api/10c_ledger.ipynb #aea3f8a3
 def _own_quick(job:GridJob, kept:dict)->str:
     "`own_stamp` with the parts that many jobs share computed once"
-    shared = (job.notebook, job.model, job.arm, job.variant, job.panel, 'seed' in job.params, job.params.get('model'))
+    shared = (job.notebook, job.model, job.arm, job.variant, job.panel, 'seed' in job.params, job.params.get('model'), job.params.get('rubric'))
     if shared not in kept: kept[shared] = own_stamp(replace(job, params={k:v for k,v in job.params.items() if k!='seed'}))
     return f"{kept[shared]}:{job.params.get('seed')}"
 
@@ -270,11 +347,21 @@ def make_view(p:Progress, job:GridJob)->Path: # The folder
     view = Path(job.params['runs'])
     if view.is_dir(): shutil.rmtree(view)
     labels = [a for a in job.after if p.states[a].word=='finished']
-    paths = {p.states[a].path for a in labels} | {s.path for s in p.states.values() if s.job.notebook=='02_judge' and s.job.model==job.model and s.word=='finished'}
+    paths = {p.states[a].path for a in labels} | {s.path for s in p.states.values() if s.job.notebook=='02_judge' and s.job.model in split_list(job.params['model']) and s.word=='finished'}
     for path in sorted(paths):
         link = view/path; link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(p.root/path, link.parent))
     return view
+
+def _measured_models(p:Progress, job:GridJob)->list[str]: # As in the grid's file
+    "The models of a comparison whose untrained form has been measured; without it there is nothing to compare with"
+    base = {s.job.model for s in p.states.values() if s.job.notebook=='04_evaluate' and s.job.arm=='base' and s.word=='finished'}
+    return [m for m in split_list(job.params['model']) if m in base]
+
+def measured_otherwise(p:Progress, job:GridJob, place:str)->bool: # An evaluation, and the folder of its run if that is known
+    "Whether there may be rows that were made with other settings, by this grid or another"
+    own,spot = p.states[job.label].own,spot_of(os.path.relpath(place, p.root)) if place else f'{model_slug(job.model)}/{load_arm(job.arm).name if job.arm!="base" else "base"}'
+    return any(o!=own for o in [*p.book.owns.get(job.label, ()), *(r.get('own') for k,r in p.others.items() if k==(spot, job.panel))])
 
 def task_of(p:Progress, job:GridJob)->Task:
     "A job as a worker gets it"
@@ -283,8 +370,9 @@ def task_of(p:Progress, job:GridJob)->Task:
     if job.notebook=='04_evaluate':
         if len(panels_of(p.grid, job.model)) > 1: report = f'evals/report-{slug_of(Path(job.panel).stem)}.ipynb'
         if job.seed is not None: place = params['run'] = str(p.root/next(p.states[a].path for a in job.after if p.states[a].path))
+        if measured_otherwise(p, job, place): params['replace'] = True
     if job.notebook=='05_compare': make_view(p, job)
-    if job.notebook in ('05_compare','06_figures'): place = params['out']
+    if job.notebook in ('05_compare','06_figures'): place,params['model'] = params['out'],','.join(_measured_models(p, job))
     return Task(job.label, job.slug, job.notebook, params, str(p.folder), place, report)
 
 # %% ../nbs/api/10c_ledger.ipynb #d36c6d6a
@@ -295,13 +383,15 @@ class Driver:
         self.costs,self.tries,self.running,self.count = {},{},{},0
         self.gpus = bool(getattr(executor, 'gpus', None)) or bool(getattr(executor, 'ray', None) and executor.ray.cluster_resources().get('GPU'))
         todo = ('todo','changed','stale','lost') + (('failed',) if again else ())
-        self.waiting = {l: None for l,s in p.states.items() if s.word in todo}
+        self.again = {l for l,s in p.states.items() if again and s.skipped}
+        self.waiting = {l: None for l,s in p.states.items() if s.word in todo or l in self.again}
         for l,j in p.jobs.items():
             if any(a in self.waiting for a in j.after) and (p.states[l].word!='failed' or again): self.waiting[l] = None
         self.waiting = {l: None for l in p.jobs if l in self.waiting}
         for s in p.states.values():
-            if s.note=='found': self._note(s.job.label, 'found', stamp=s.stamp, path=s.path, files=files_of(s.job.notebook, p.root/s.path))
+            if s.note=='found': self._note(s.job.label, 'found', path=s.path, files=files_of(s.job.notebook, p.root/s.path))
     def _note(self, label, event, **facts):
+        s = self.p.states[label]; facts = dict(stamp=s.stamp, own=s.own) | (dict(panel=s.job.panel) if s.job.panel else {}) | facts
         try: self.p.book.add(label, event, **facts)
         except UserError as e: self.say(f"{label}: {event}, which could not be written down ({e})")
     def word(self, label): return self.p.states[label].word
@@ -320,7 +410,7 @@ def _start_ready(self)->None:
         ready = self._may_start(label)
         if ready is None: self._block(label)
         if not ready: continue
-        if self.p.look(label).word=='finished': self.waiting.pop(label); self.say(f"{label}: is there already"); continue
+        if self.p.look(label).word=='finished' and label not in self.again: self.waiting.pop(label); self.say(f"{label}: is there already"); continue
         need = need_of(self.p.jobs[label], cost_of(self.p.jobs[label], self.p.root, self.costs), self.gpus)
         if not self.executor.room(need): return
         self._start(label, need)
@@ -335,8 +425,8 @@ def _block(self, label)->None:
 def _start_job(self, label, need:Need)->None:
     job = self.p.jobs[label]; self.waiting.pop(label)
     try: task = task_of(self.p, job)
-    except UserError as e: return self._settle(label, dict(event='failed', error=str(e)))
-    self._note(label, 'started', stamp=self.p.states[label].stamp)
+    except (UserError, OSError) as e: return self._settle(label, dict(event='failed', error=str(e)))
+    self._note(label, 'started')
     self.running[label] = task; self.executor.start(label, work, task, need=need)
     self.say(f"{label}: started")
 
@@ -347,33 +437,39 @@ def _settle(self, label, found:dict)->None:
     "Write down what became of a job, and try again what died"
     self.running.pop(label, None); s,event = self.p.states[label],found['event']
     if event=='finished': found = dict(found, path=os.path.relpath(found['path'], self.p.root))
-    self._note(label, event, stamp=s.stamp, **{k:v for k,v in found.items() if k!='event'})
+    if found.get('skipped'): found['data'] = self.p.data(self.p.jobs[label].params.get('benchmarks', ''))
+    self._note(label, event, **{k:v for k,v in found.items() if k!='event'})
     took = f" in {found['seconds']:.0f} s" if found.get('seconds') else ''
-    self.p.states[label] = replace(s, word=event, path=found.get('path', s.path), note=found.get('error', ''), row=found)
+    self.p.states[label] = replace(s, word=event, path=found.get('path', s.path), note=found.get('error', ''), skipped=found.get('skipped', {}), row=found)
     if event=='finished': self.count += 1; self.say(f"{label}: finished{took}, {len(self.waiting)+len(self.running)} to go"); return
     self.say(f"{label}: {event}: {found.get('error', '')}" + (f"; its notebook is {found['copy']}" if found.get('copy') else ''))
     self.tries[label] = self.tries.get(label, 0)+1
     if event=='lost':
         if self.tries[label] <= self.retries: self.waiting = {label: None} | self.waiting; self.p.states[label] = replace(s, word='lost')
-        else: self.p.states[label] = replace(s, word='failed', note=found['error']); self._note(label, 'failed', stamp=s.stamp, error=f"{found['error']} ({self.tries[label]} times)")
+        else: self.p.states[label] = replace(s, word='failed', note=found['error']); self._note(label, 'failed', error=f"{found['error']} ({self.tries[label]} times)")
 Driver._settle = _settle
 
 # %% ../nbs/api/10c_ledger.ipynb #7dd10a19
+def _ask_to_stop(self, stop:Path, signal:str)->None:
+    "The wish to stop, where every worker looks for it"
+    try: write_text(stop, signal)
+    except UserError as e: self.say(f"{e}; nothing can be saved, so everything ends at once"); raise KeyboardInterrupt from None
+
 def _go(self)->None:
     "Until nothing is left, or somebody asks to stop"
     stop = self.p.folder/'stop'; stop.unlink(missing_ok=True)
     try:
         with noting_signals('every run finishes its step and saves; a second signal ends at once') as asked:
             while self.waiting or self.running:
-                if asked and not stop.exists(): write_text(stop, asked[0])
+                if asked and not stop.exists(): self._ask_to_stop(stop, asked[0])
                 if asked: self.waiting.clear()
                 else: self._start_ready()
                 if not self.running: continue
-                for e in self.executor.wait(1.): self._settle(e.key, e.value or dict(event='lost', error=e.lost))
+                for e in self.executor.wait(1.): self._settle(e.key, e.value or (dict(event='failed', error=e.failed) if e.failed else dict(event='lost', error=e.lost)))
         if asked: raise KeyboardInterrupt
     except BaseException: self.executor.kill(); raise
     finally: stop.unlink(missing_ok=True)
-Driver.go = _go
+Driver._ask_to_stop,Driver.go = _ask_to_stop,_go
 
 # %% ../nbs/api/10c_ledger.ipynb #b1583b04
 def run_grid(grid:Grid, # What to run
@@ -399,7 +495,7 @@ def run_grid(grid:Grid, # What to run
 
 def _left(p:Progress, again:bool)->bool:
     "Whether there is anything to do; what was found without a line of its own gets one"
-    return any(s.word in ('todo','changed','stale','lost') or (again and s.word=='failed') or s.note=='found' for s in p.states.values())
+    return any(s.word in ('todo','changed','stale','lost') or (again and (s.word=='failed' or s.skipped)) or s.note=='found' for s in p.states.values())
 
 # %% ../nbs/api/10c_ledger.ipynb #ebfe1b57
 def status(grid:Grid, root)->Progress:
@@ -412,14 +508,23 @@ def status(grid:Grid, root)->Progress:
 def _alive_word(p:Progress, s:State)->str:
     "Whether a job that was started is still under way"
     beat = p.folder/'work'/f'{s.job.slug}.json'
-    if s.row['event']!='started' or not beat.is_file(): return 'todo' if s.row['event']=='stopped' else 'lost'
-    row = read_json(beat)
-    here = row.get('host')==platform.node()
-    fresh = time.time()-beat.stat().st_mtime < 4*BEAT
-    return 'running' if (_alive(row['pid']) if here else fresh) else 'lost'
+    if s.row['event']!='started': return 'todo' if s.row['event']=='stopped' else 'lost'
+    if not beat.is_file(): return 'queued' if _driven(p) else 'lost'
+    return 'running' if _shows_life(beat) else 'lost'
+
+def _shows_life(path:Path)->bool: # A file that its writer touches at regular intervals
+    "Whether the process that wrote a file is still there"
+    row = read_json(path)
+    return _alive(row['pid']) if row.get('host')==platform.node() else time.time()-path.stat().st_mtime < 4*BEAT
+
+def _driven(p:Progress)->bool:
+    "Whether a driver of this grid is at work"
+    lock = p.root/'grids'/'.lock'
+    try: return lock.is_file() and read_json(lock).get('grid')==p.grid.name and _shows_life(lock)
+    except UserError: return False  # it is being written
 
 # %% ../nbs/api/10c_ledger.ipynb #8eca6165
-WORDS = ('finished','running','todo','changed','stale','lost','failed','blocked','edited')
+WORDS = ('finished','running','queued','todo','changed','stale','lost','failed','blocked','edited')
 
 def status_text(p:Progress)->str:
     "The state of a grid in a few lines"
@@ -429,9 +534,17 @@ def status_text(p:Progress)->str:
         count[s.word] = count.get(s.word, 0)+1
     wide = max(len(f'{m} {w}') for m,w in rows)+2
     for (m,w),count in rows.items(): out.append(f"  {f'{m} {w}'.ljust(wide)}" + ', '.join(f"{count[k]} {k}" for k in WORDS if k in count))
-    told = [s for s in p.states.values() if s.word in ('failed','edited','lost','stale','running')]
+    told = [s for s in p.states.values() if s.word in ('failed','edited','lost','stale','running') or s.word=='changed' and s.note]
     out += [f"{s.word}: {s.job.label}" + (f": {s.note}" if s.note else '') for s in told[:20]] + [f"and {len(told)-20} more"]*(len(told) > 20)
-    return '\n'.join([*out, *commits(p)])
+    return '\n'.join([*out, *_left_out(p), *commits(p)])
+
+def _left_out(p:Progress)->list[str]:
+    "Tasks that were skipped, each reason once"
+    found = {}
+    for s in p.states.values():
+        for task,why in s.skipped.items(): found.setdefault((task, why), []).append(s.job.label)
+    lines = [f"skipped: {task} in {len(labels)} evaluation{'s'*(len(labels) > 1)}: {why}" for (task,why),labels in found.items()]
+    return [*lines, "hmx-feel grid retry tries skipped tasks again; grid run does so when benchmark data have come"] if lines else []
 
 def commits(p:Progress)->list[str]: # Nothing if all were made with this one
     "Results that were made with other commits than the one that is checked out"

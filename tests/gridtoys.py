@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hmx_feel import grid as grids
 from hmx_feel import ledger
+from hmx_feel.executors import Ended, Local
 from hmx_feel.runs import Run, UserError, append_jsonl, find_runs, read_json, write_json, write_text
 
 GRID = dict(name="toys", models=["tiny"], arms=["forward", "reverse"], seeds=[0, 1])
@@ -74,7 +75,10 @@ def _train(name, params):
 
 def _evaluate(params):
     run = Run(params["run"]) if params.get("run") else base_run(params)
-    write_text(run / "evals" / "expression.parquet", f"{run.arm} {run.seed}")
+    asked, was = dict(samples=params.get("samples", 4)), run / "evals" / "manifest.json"
+    if was.is_file() and read_json(was)["asked"] != asked and not params.get("replace"): raise UserError(f"{was} was made with {read_json(was)['asked']}; pass replace=True to run it again")
+    write_json(was, dict(asked=asked, tasks={t: dict(status="skipped", reason="its data are not here") for t in os.environ.get("TOY_SKIPS", "").split()}))
+    write_text(run / "evals" / "expression.parquet", f"{run.arm} {run.seed} {asked['samples']}")
     if run.arm == "base" and not run.finished: run.finish({})
 
 
@@ -86,7 +90,7 @@ def base_run(params):
 def _compare(name, params, root):
     out = Path(params["out"])
     rows = {p.parent.parent.relative_to(root).as_posix(): p.read_text() for p in sorted(root.glob("*/*/*/evals/*.parquet"))}
-    if name == "05_compare": write_json(out / "contrasts.json", dict(rows=rows))
+    if name == "05_compare": write_json(out / "contrasts.json", dict(rows=rows, model=params["model"]))
     else: write_text(out / "figures" / "forest.csv", ",".join(read_json(out / "contrasts.json")["rows"]))
 
 
@@ -95,21 +99,47 @@ def _place(task):
     return base_run(task.params).path
 
 
+class Here:
+    "An executor without processes: a task is done when it is started"
+    def __init__(self): self.done = []
+    def room(self, need): return not self.done
+    def start(self, key, fn, *args, need=None):
+        try: self.done.append(Ended(key, fn(*args)))
+        except RuntimeError as e: self.done.append(Ended(key, failed=str(e)))
+    def wait(self, timeout=None): done, self.done = self.done, []; return done
+    def kill(self): self.done = None
+    def close(self): pass
+
+
 def work(task):
     "The real work function around the stand-ins"
     ledger._execute, ledger.notebook_path, ledger._place = execute, Path, _place
     return real_work(task)
 
 
-def nothing(task):
-    "A work function that returns at once"
-    return dict(event="finished", path=str(Path(task.folder).parent / "nothing"), seconds=0.)
+def bare(task):
+    "The real work function; only the notebook is not executed, its result is put there"
+    def execute(source, copy, params, progress, kernels=None):
+        write_text(copy, json.dumps(dict(cells=[], metadata={}, nbformat=4, nbformat_minor=5)))
+        if task.notebook == "05_compare": write_json(Path(task.place) / "contrasts.json", dict(rows=[]))
+        elif task.notebook == "06_figures": write_text(Path(task.place) / "figures" / "forest.csv", "")
+        elif task.notebook == "04_evaluate": write_text((Path(task.place) if task.place else measured_base(params)) / "evals" / "expression.parquet", "")
+        else: write_json(Path(task.place) / "result.json", {})
+    ledger._execute = execute
+    return real_work(task)
+
+
+def measured_base(params):
+    from hmx_feel.panel import find_run
+    run = find_run(ledger.config_of("04_evaluate", params))
+    return run if run.finished else run.finish({})
 
 
 def install(patch=setattr):
     "Let the driver of this process use the stand-ins"
     patch(ledger, "work", work)
     patch(ledger, "expected_run", expected_run)
+    for name in ("_execute", "notebook_path", "_place"): patch(ledger, name, getattr(ledger, name))   # `work` sets them, also in this process
     patch(ledger, "check_grid", check_grid)
     patch(grids, "cost_of", None)
     patch(ledger, "cost_of", lambda *a: grids.Cost(.01, .01, .01))
@@ -125,8 +155,10 @@ real_check = ledger.check_grid
 
 def drive(root, executor=None, again=False, say=lambda line: None, retries=2, **change):
     "Run the toys; returns the progress"
-    from hmx_feel.executors import Local
-    return ledger.run_grid(make(**change), root, executor or (lambda: Local(2, memory=64., cores=2)), retries, again, say)
+    return ledger.run_grid(make(**change), root, executor or Here, retries, again, say)
+
+
+def two(): return Local(2, memory=64., cores=2)
 
 
 def many(root, seeds=5000):
@@ -151,4 +183,4 @@ def many(root, seeds=5000):
 
 if __name__ == "__main__":
     install()
-    drive(Path(sys.argv[1]), say=lambda line: print(line, flush=True), **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
+    drive(Path(sys.argv[1]), two, say=lambda line: print(line, flush=True), **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))

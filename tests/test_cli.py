@@ -286,11 +286,12 @@ def test_doctor_names_a_broken_pin_a_missing_extra_and_an_unreachable_hub(call, 
     monkeypatch.setattr(doctor, "_version", lambda name: "1.15.0" if name == "trl" else version(name))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "ray" else spec(name))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name, value in dict(HF_ENDPOINT="http://127.0.0.1:9", HMX_OFFLINE="1", HMX_CACHE="none").items(): monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HMX_BENCHMARKS", raising=False)
     start = time.monotonic()
     code, out, err = call("doctor")
     assert time.monotonic() - start < 30 and (code, err) == (1, "")
-    for piece in ("trl", "1.15.0, needed: <1.13,>=1.12", "its GRPO calls a Triton kernel", "pip install 'hmx-feel[ray]'", "http://127.0.0.1:9 cannot be reached", "things to mend"): assert piece in out, out
+    for piece in ("trl", "1.15.0, needed: <1.13,>=1.12", "its GRPO calls a Triton kernel", "pip install 'hmx-feel[ray]'", "http://127.0.0.1:9 cannot be reached", "files in none; downloads are switched off, so tasks that need the others are skipped", "things to mend"): assert piece in out, out
 
 
 # --- places --------------------------------------------------------------------------------------------------
