@@ -344,9 +344,11 @@ def _swap_p(cell, out, used, drawn):
     half = np.array([(cell.a + cell.b)[cell.strata == s].sum(0) / 2 for s in range(len(used))])
     turn = drawn.reshape(len(drawn), *half.shape).astype(float)
     null = np.abs(_strata_mean(cell.formula(half + turn) - cell.formula(half - turn), used))
-    beyond = int((null >= abs(out.estimate) - 1e-6 * max(1e-3, abs(out.estimate))).sum())
+    known = null[np.isfinite(null)]   # a swap may leave a denominator at 0: such a pattern says nothing, for or against
+    if (lost := 1 - len(known) / len(null)) > .01: out.reason = "; ".join(filter(None, [out.reason, f"{100 * lost:.0f} % of the swaps are not defined"]))
+    beyond = int((known >= abs(out.estimate) - 1e-6 * max(1e-3, abs(out.estimate))).sum())
     every = len(drawn) == 2 ** min(len(cell.a), 60)
-    return beyond / len(drawn) if every else (1 + beyond) / (1 + len(drawn))
+    return beyond / len(known) if every else (1 + beyond) / (1 + len(known))
 
 # %% ../nbs/api/07_stats.ipynb #89a0be61
 def solve(cells:list, # Cells
