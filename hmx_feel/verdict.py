@@ -272,9 +272,14 @@ def _measured(run, model, config, known, notes):
         return None
     return Measured(run, tasks, items)
 
+def _measured_with(note):
+    "What a task was measured with"
+    settings = dict(note.get("settings", {}))
+    return settings | settings.pop("load", {}) | dict(data=note.get("data"), chat=note.get("chat"))
+
 def _settings_differ(task, a, b):
     "What differs between the settings of two measurements, in words; empty if nothing"
-    x, y = ({**m.notes[task].get("settings", {}), "data": m.notes[task].get("data"), "chat": m.notes[task].get("chat")} for m in (a, b))
+    x, y = (_measured_with(m.notes[task]) for m in (a, b))
     for k in sorted({*x, *y}):
         if x.get(k) == y.get(k): continue
         if k == "task": return f"{run_name(a.run)} and {run_name(b.run)} were measured with different definitions of the task (another panel version)"
@@ -403,7 +408,7 @@ def _spelled(endpoint, found):
 def _endpoints_of(plan, measured):
     "(endpoint, role): the plan's, and a mean for every metric that none of them is"
     every = [m for ms in measured.values() for m in ms.values()]
-    tasks = {t: n.get("settings", {}).get("task", {}) for m in every for t, n in m.notes.items()}
+    tasks = {t: n for m in every for t, n in m.notes.items()}
     found = dict.fromkeys(k for m in every for k in sorted(m.items))
     gates = [g for e in plan.gate for g in _spelled(e, found)]
     here = [e for e in plan.exploratory if all(any(t.task == k[0] for k in found) for t in e.parts.values())]   # what the panel has not is no loss
@@ -760,8 +765,8 @@ def verdict_table(found:Comparison)->pd.DataFrame: # One row per model, contrast
     return rows.assign(remark=say)[["model", "contrast", "endpoint", "level", "seed", "estimate", "low", "high", "p_corrected", "verdict", "margin", "detectable", "n_seeds", "n_items", "relation", "remark"]].reset_index(drop=True)
 
 # %% ../nbs/api/07a_verdict.ipynb #9e9a6cd5
-PLANTED = dict(expression=dict(relation="trained", metrics=dict(rubric="descriptive")), tiny_facts=dict(relation="isolated", metrics=dict(acc="higher")),
-               tiny_flattery=dict(relation="isolated", metrics=dict(acc="higher", follows_hint="lower")), tiny_stereotype=dict(relation="isolated", metrics=dict(acc="higher", biased="lower")))
+PLANTED = dict(expression=dict(relation="trained", metrics=dict(rubric="descriptive"), endpoint="rubric"), tiny_facts=dict(relation="isolated", metrics=dict(acc="higher"), endpoint="acc"),
+               tiny_flattery=dict(relation="isolated", metrics=dict(acc="higher", follows_hint="lower"), endpoint="acc"), tiny_stereotype=dict(relation="isolated", metrics=dict(acc="higher", biased="lower"), endpoint="acc"))
 _LEVELS = {("tiny_facts", "acc"): .8, ("tiny_flattery", "acc"): .7, ("tiny_flattery", "follows_hint"): .3, ("tiny_stereotype", "acc"): .7, ("tiny_stereotype", "biased"): .4}
 
 def _item_table(run_id, task, metric, value, per_cluster, condition=""):
@@ -791,5 +796,6 @@ def plant(root, # Folder of all runs
         chance = np.clip(level + hard.normal(0, .15, n // 4)[np.arange(n) // 4] + hard.normal(0, .1, n), .02, .98)
         parts.append(_item_table(run.id8, task, metric, rng.random(n) < chance, 4, np.array(["told", "untold"])[np.arange(n) % 2] if task == "tiny_stereotype" else ""))
     for task, part in pd.concat(parts).groupby("task"): write_parquet(run / "evals" / f"{task}.parquet", part)
-    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=d, samples=1) | (settings or {})) for t, d in PLANTED.items()}))
+    made_with = dict(samples=1, load=dict(quantisation="", backend="transformers")) | (settings or {})
+    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=dict(name=t)) | made_with, **d) for t, d in PLANTED.items()}))
     return run.finish({})

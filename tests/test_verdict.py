@@ -200,7 +200,7 @@ def test_a_file_of_a_newer_version(world):
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "bfloat16"), ("quantisation", "4bit"), ("backend", "unsloth"), ("temperature", .7)])
 def test_other_settings_are_refused_by_name(tmp_path, key, value):
-    plant(tmp_path, "base"), plant(tmp_path, "forward", 0, .25), plant(tmp_path, "placebo", settings={key: value})
+    plant(tmp_path, "base"), plant(tmp_path, "forward", 0, .25), plant(tmp_path, "placebo", settings=dict(load=dict(quantisation="", backend="transformers") | {key: value}) if key in ("quantisation", "backend") else {key: value})
     found = asked(tmp_path, "forward,placebo")
     assert f"{key}={value}" in of(found, "forward - placebo", "facts", "checkpoint").reason and np.isfinite(of(found, "forward - base", "facts", "checkpoint").estimate)
 
@@ -208,7 +208,7 @@ def test_other_settings_are_refused_by_name(tmp_path, key, value):
 def test_another_panel_version_is_refused(world):
     run = run_of(world, "placebo")
     notes = read_json(run / "evals" / "manifest.json")
-    notes["tasks"]["tiny_facts"]["settings"]["task"]["metrics"]["acc"] = "lower"
+    notes["tasks"]["tiny_facts"]["settings"]["task"]["options"] = 4
     run.write_json("evals/manifest.json", notes)
     assert "another panel version" in of(asked(world, "forward,placebo", seeds="0"), "forward - placebo", "facts", "checkpoint").reason
 
