@@ -49,11 +49,15 @@ def sentences(found:Comparison, # A comparison
     "What moved, what did not, and what cannot be told"
     rows, note = found.best[found.best.role.isin(["confirmatory"])], ""
     judged_rows = rows[(rows["rank"] != "description") & (rows.took != "no")]
-    untaken = [f"{m}: {a}" for m, a in found.gate[found.gate.took == "no"][["model", "arm"]].itertuples(index=False) if a in set(rows.a[rows["rank"] != "description"])]
-    if rows[rows["rank"] != "description"].empty: judged_rows, note = rows, "Only the untrained model is there to compare with, so these are descriptions and no verdicts."
+    treated = found.gate[found.gate.arm.isin(rows.a[rows["rank"] != "description"])]
+    which = lambda part: ", ".join(f"{r.model}: {r.arm}" for r in part.itertuples())
+    untaken, unseen = treated[treated.took == "no"], treated[(treated.took != "no") & ~treated.outside.astype(bool)]
+    if rows[rows["rank"] != "description"].empty: judged_rows, note = rows, "No planned contrast can be computed, so these are descriptions and no verdicts."
     if ALL in set(judged_rows.model): judged_rows = judged_rows[judged_rows.model == ALL]
     out, models = [], judged_rows.model.nunique()
-    if untaken: out.append(f"**The treatment did not take** ({', '.join(untaken)}): outside measures saw no change, so there is no verdict on its effects.")
+    if len(untaken): out.append(f"**The treatment did not take** ({which(untaken)}): expression did not move where it was meant to, so there is no verdict on its effects.")
+    if len(unseen): out.append(f"**The manipulation was not measured by outside judges** ({which(unseen)}): " +
+                               ("the judge that paid saw it alone." if (unseen.took == "yes").all() else "there is no verdict about the training."))
     for name, changes in {"What moved": ["up", "down"], "What did not": ["none"], "What cannot be told": ["open"]}.items():
         part = judged_rows[judged_rows.change.isin(changes)]
         more = f"; and {len(part) - most} more in the table" if len(part) > most else ""

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np, pandas as pd, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats as sps
-from .rubric import Rubric, arm_names, load_arm, read_yaml
+from .rubric import Rubric, arm_names, load_arm, load_rubric, read_yaml
 from .runs import (SCHEMA, UNSEEDED, Run, UserError, content_hash, data_names, data_path, explain, find_runs, model_slug, nearest, read_parquet,
                            split_list, write_json, write_parquet, write_text)
 from .stats import (HEADLINE, Cell, Formula, bh, cluster_totals, detectable, generator, hartung_knapp, holm, influence, item_values, pooled_variance,
@@ -20,7 +20,7 @@ from .stats import (HEADLINE, Cell, Formula, bh, cluster_totals, detectable, gen
 # %% auto #0
 __all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'freeze', 'Notes',
            'run_name', 'Asked', 'Items', 'items_of_run', 'Measured', 'of_condition', 'better_side', 'judged', 'gate',
-           'deviations', 'Comparison', 'plan_of', 'compare', 'write_table', 'verdict_table', 'plant']
+           'deviations', 'Comparison', 'best_level', 'plan_of', 'compare', 'write_table', 'verdict_table', 'plant']
 
 # %% ../nbs/api/07a_verdict.ipynb #a802fd45
 class _Strict(BaseModel): model_config = ConfigDict(extra="forbid", frozen=True)
@@ -390,12 +390,25 @@ def _shuffled(run):
     saved = run.read_json("config.json").get("arm_data")
     return (saved["transform"] if saved else load_arm(run.arm).transform if run.arm in arm_names() else "none") == "shuffle"
 
+def _toward(run):
+    "Where an arm's treatment is meant to move expression: up, down, or nothing where it has no such side"
+    if run.arm == "base": return ""
+    saved = run.read_json("config.json")
+    arm, rubric = saved.get("arm_data"), saved.get("rubric")
+    if arm is None:
+        if run.arm not in arm_names(): return ""
+        arm = load_arm(run.arm).model_dump()
+    name = rubric["name"] if isinstance(rubric, dict) else load_rubric(arm["rubric"]).name
+    inverted = arm["form"] == "inverted"
+    if arm["transform"] != "none" or name.removesuffix("-inverted") != "hmx-feel": return ""
+    return "up" if arm["sign"] * (-1 if inverted else 1) > 0 else "down"
+
 def _pairs_of(plan, arms):
     "Contrasts that the arms allow, in order of rank"
     planned = [c for c in plan.contrasts if {c.a, c.b} <= set(arms)]
     trained = [a for a in arms if a != "base"]
     named = {frozenset((c.a, c.b)) for c in plan.contrasts}
-    more = [Contrast(a=trained[0], b=b) for b in trained[1:] if frozenset((trained[0], b)) not in named]
+    more = [Contrast(a=trained[0], b=b, rank="description") for b in trained[1:] if frozenset((trained[0], b)) not in named]
     base = [Contrast(a=a, b="base", rank="description") for a in trained if frozenset((a, "base")) not in named]
     return [*planned, *more, *base]
 
@@ -441,6 +454,7 @@ def _rows_of(model, plan, measured, config, notes):
             if not _seedless(arm):
                 for s in set(side) - set(seeds): notes.add(model, arm, s, "all", f"{c.a} - {c.b}: the other arm has no seed {s}", "this seed is left out of the contrast")
         if len(seeds) == 1 and not (_seedless(c.a) and _seedless(c.b)): notes.add(model, c.a, None, "all", f"{c.a} - {c.b}: one training seed", "no verdict about the training, only about checkpoints")
+        toward = _toward(next(iter(a.values())).run)
         for e, role in endpoints:
             lots, why = {}, {}
             for s in seeds:
@@ -453,7 +467,7 @@ def _rows_of(model, plan, measured, config, notes):
                 pool = [own[e.name, arm]] if alone else [own[e.name, x] for x in arms if not _seedless(x) and x not in shuffled]
                 sides.append((arm if alone else "", *pooled_variance(pool), own[e.name, arm], len(lots)))
             out.append((dict(model=model, contrast=f"{c.a} - {c.b}", a=c.a, b=c.b, rank=c.rank, endpoint=e.name, task=e.task, metric=e.metric or e.formula, role=role, direction=e.better,
-                             relation=e.relation, margin=e.margin or plan.margin, smallest=e.smallest if e.smallest is not None else e.margin or plan.margin, claim=e.claim), lots, why, sides, seeds))
+                             relation=e.relation, margin=e.margin or plan.margin, smallest=e.smallest if e.smallest is not None else e.margin or plan.margin, claim=e.claim, toward=toward), lots, why, sides, seeds))
     return out
 
 def _checkpoint_row(row, seed, lot, found):
@@ -485,14 +499,14 @@ def _training_row(row, lots, founds, sides, alpha):
                       missing_a=float(np.mean([x.missing[0] for x in lots.values()])), missing_b=float(np.mean([x.missing[1] for x in lots.values()])),
                       seed_estimates=json.dumps([round(float(d), 6) for d in diff]), reason=next(iter(founds)).reason)
 
-def _filled(todo, config):
+def _filled(todo, alpha, config):
     "All rows, with every cell of every model solved in one go"
     flat = [(k, s, lot) for k, (_, lots, *_) in enumerate(todo) for s, lot in lots.items()]
-    solved = {(k, s): f for (k, s, _), f in zip(flat, solve([lot.cell for *_, lot in flat], config.alpha, config.resamples, config.seed), strict=True)}
+    solved = {(k, s): f for (k, s, _), f in zip(flat, solve([lot.cell for *_, lot in flat], alpha, config.resamples, config.seed), strict=True)}
     out = []
     for k, (row, lots, why, sides, seeds) in enumerate(todo):
         usable = {s: lot for s, lot in lots.items() if np.isfinite(solved[k, s].estimate)}
-        if len(usable) > 1 and sides: out.append(_training_row(row, usable, [solved[k, s] for s in usable], sides, config.alpha))
+        if len(usable) > 1 and sides: out.append(_training_row(row, usable, [solved[k, s] for s in usable], sides, alpha))
         for s in seeds: out.append(_checkpoint_row(row, s, lots[s], solved[k, s]) if s in lots else row | dict(level="checkpoint", seed=s, n_items=0, n_clusters=0, n_seeds=1, reason=why[s]))
     return out
 
@@ -507,7 +521,7 @@ def _over_models(rows, alpha):
     for _, part in here.groupby(["contrast", "endpoint"], sort=False):
         if len(part) < 2: continue
         r, r2, first = hartung_knapp(part.estimate, part.se, alpha), hartung_knapp(part.estimate, part.se, 2 * alpha), part.iloc[0]
-        kept = {k: first[k] for k in ("contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "direction", "relation", "margin", "smallest", "claim")}
+        kept = {k: first[k] for k in ("contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "direction", "relation", "margin", "smallest", "claim", "toward")}
         out.append(kept | dict(model=ALL, level="training", seed=None, estimate=r["estimate"], low=r["low"], high=r["high"], low2=r2["low"], high2=r2["high"], se=r["se"], df=r["df"], p=r["p"],
                                test="models, modified Hartung-Knapp", value_a=part.value_a.mean(), value_b=part.value_b.mean(), n_items=int(part.n_items.sum()), n_clusters=int(part.n_clusters.sum()),
                                n_seeds=int(part.n_seeds.min()), missing_a=part.missing_a.mean(), missing_b=part.missing_b.mean(), tau=r["tau"], n_models=r["n"], reason=""))
@@ -547,28 +561,30 @@ def judged(table:pd.DataFrame, # Rows of contrasts
     out["better"] = [better_side(r) for r in out.itertuples()]
     word = np.select([out.change == "open", out.change == "none", out.better == "", out.change == out.better], ["unresolved", "unchanged", "", "enhanced"], "degraded")
     out["took"] = _took(out, plan)
-    silent = out.role.isin(["gate", "descriptive"]) | (out["rank"] == "description") | out.took.eq("no")
+    silent = out.role.isin(["gate", "descriptive"]) | (out["rank"] == "description") | out.took.eq("no") | out.took.eq("not measured") & (out.level == "training")
     return out.assign(verdict=np.where(silent, "", word)).drop(columns=["low2", "high2", "better"])
 
 # %% ../nbs/api/07a_verdict.ipynb #a5fb390b
 def gate(table:pd.DataFrame, # Rows of contrasts, from `compare` or on the way there
          plan:Plan, # Its gate measures
-        )->pd.DataFrame: # model, arm, seed, measure, outside, estimate, low, high, level, took (yes, no, not measured)
+        )->pd.DataFrame: # model, arm, measure, outside, toward (up, down, or empty: either way), estimate, low, high, level, took (yes, no, not measured)
     "Whether each arm's treatment took, by model"
     out = []
     for (model, arm), part in table[(table.b == "base") & (table.model != ALL)].groupby(["model", "a"], sort=False):
         names = [(e, [n for n in part.endpoint.unique() if n == e.name or n.startswith(f"{e.name}: ")]) for e in sorted(plan.gate, key=lambda e: not e.outside)]
+        toward = part.toward.iloc[0]
         seen, mine = next(((e, ns) for e, ns in names if part.estimate[part.endpoint.isin(ns)].notna().any()), (None, []))
         if seen is None:
-            out.append(dict(model=model, arm=arm, measure="", outside=False, level="", took="not measured"))
+            out.append(dict(model=model, arm=arm, measure="", outside=False, toward=toward, level="", took="not measured"))
             continue
         rows = part[part.endpoint.isin(mine) & part.estimate.notna()]
         level = rows[(rows.level == "training") & (rows.n_seeds >= plan.min_seeds) & rows.se.notna()]
         rows = level if len(level) else rows[rows.level == "checkpoint"]
-        took = ((rows.low > 0) | (rows.high < 0)).all()
-        out.append(dict(model=model, arm=arm, measure=seen.name, outside=seen.outside, estimate=rows.estimate.mean(), low=rows.low.min(), high=rows.high.max(), level=rows.level.iloc[0], n_measures=rows.endpoint.nunique(),
+        up, down = rows.low > 0, rows.high < 0
+        took = dict(up=up, down=down).get(toward, up | down).all()
+        out.append(dict(model=model, arm=arm, measure=seen.name, outside=seen.outside, toward=toward, estimate=rows.estimate.mean(), low=rows.low.min(), high=rows.high.max(), level=rows.level.iloc[0], n_measures=rows.endpoint.nunique(),
                         n_seeds=int(rows.n_seeds.max() if len(level) else rows.seed.nunique()), took="yes" if took else "no"))
-    return pd.DataFrame(out, columns=["model", "arm", "measure", "outside", "estimate", "low", "high", "level", "n_measures", "n_seeds", "took"])
+    return pd.DataFrame(out, columns=["model", "arm", "measure", "outside", "toward", "estimate", "low", "high", "level", "n_measures", "n_seeds", "took"])
 
 def _took(table, plan):
     "For each row, whether the gate lets it speak"
@@ -594,12 +610,14 @@ def deviations(plan:Plan, # The plan in use
     for model, arms in measured.items():
         for c in plan.contrasts:
             if gone := [a for a in (c.a, c.b) if a not in arms]: out.append(f"{model}: {c.a} - {c.b} cannot be computed: no usable run of {', '.join(gone)}")
+        for c in _pairs_of(plan, arms):
+            if c not in plan.contrasts and "base" not in (c.a, c.b): out.append(f"{model}: {c.a} - {c.b} was not planned: it is described and gets no verdicts")
         for arm, ms in arms.items():
             if not _seedless(arm) and len(ms) < plan.seeds: out.append(f"{model}: {arm} has {len(ms)} of {plan.seeds} planned seeds")
         here = table[table.model == model]
         for e in plan.endpoints:
             if here.estimate[here.endpoint == e.name].notna().sum() == 0: out.append(f"{model}: {e.name} was not measured ({next((r for r in here.reason[here.endpoint == e.name] if r), 'no contrast')})")
-    if config.alpha != plan.alpha: out.append(f"intervals at level {1 - config.alpha:g}; planned {1 - plan.alpha:g}")
+    if config.alpha != plan.alpha: out.append(f"intervals are shown at level {1 - config.alpha:g}; the verdicts rest on the planned {1 - plan.alpha:g}")
     if config.seed != plan.sample_seed: out.append(f"resampled with seed {config.seed}, planned {plan.sample_seed}")
     return out
 
@@ -623,7 +641,7 @@ def _rubric_hash(saved):
 # %% ../nbs/api/07a_verdict.ipynb #b0bf667f
 COLUMNS = ["model", "contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "level", "seed", "estimate", "low", "high", "p", "p_corrected", "verdict", "change", "margin", "detectable", "reachable",
            "se", "df", "test", "value_a", "value_b", "n_items", "n_clusters", "n_seeds", "missing_a", "missing_b", "relation", "direction", "smallest", "took", "se_items", "se_seeds", "sd_seed", "p_welch",
-           "seed_estimates", "tau", "n_models", "claim", "reason"]
+           "seed_estimates", "tau", "n_models", "claim", "toward", "reason"]
 
 @dataclass(frozen=True)
 class Comparison:
@@ -636,23 +654,25 @@ class Comparison:
     skipped: pd.DataFrame   # model, arm, seed, task, reason, meaning
     deviations: list        # Lines
     out: Path               # Folder of the tables
-    alpha: float            # 1 - coverage of the intervals
+    alpha: float            # 1 - coverage of the intervals that are shown; the gate and the verdicts rest on the plan's
     def rows_of(self, seed=None, model=None, task=None)->dict: return _item_rows(self, seed, model, task)
     @property
     def models(self)->list: return list(self.runs)
     @property
     def seeds(self)->list: return sorted({r.seed for arms in self.runs.values() for a, rs in arms.items() if not _seedless(a) for r in rs})
     @property
-    def best(self)->pd.DataFrame: return _best(self.contrasts)
+    def best(self)->pd.DataFrame: return best_level(self.contrasts, self.plan.min_seeds)
     @property
     def endpoints(self)->pd.DataFrame: return self.contrasts[self.contrasts.role.isin(["confirmatory", "exploratory", "gate"]) & (self.contrasts.level == "checkpoint")].reset_index(drop=True)
 
-def _best(table):
-    "Of each model, contrast and endpoint the rows of the highest level that has a number"
-    usable = table[table.estimate.notna()]
-    training = usable[usable.level == "training"].set_index(["model", "contrast", "endpoint"]).index
-    keys = pd.MultiIndex.from_frame(table[["model", "contrast", "endpoint"]])
-    return table[(table.level == "training") & table.estimate.notna() | ~keys.isin(training) & (table.level == "checkpoint")].reset_index(drop=True)
+def best_level(table:pd.DataFrame, # Rows of contrasts
+               min_seeds:int, # Fewest seeds for a row of level training
+              )->pd.DataFrame: # Some of them
+    "Of each model, contrast and endpoint the row of level training, where it has a number from enough seeds; else those of the checkpoints"
+    training = (table.level == "training") & table.estimate.notna() & ((table.n_seeds >= min_seeds) | (table.model == ALL))
+    names = ["model", "contrast", "endpoint"]
+    spoken = pd.MultiIndex.from_frame(table[names]).isin(pd.MultiIndex.from_frame(table[training][names]))
+    return table[training | ~spoken & (table.level == "checkpoint")].reset_index(drop=True)
 
 def _item_rows(found, seed, model, task):
     "Arm -> item rows with texts, of one seed and one model, read again"
@@ -700,13 +720,20 @@ def compare(config, # A CompareConfig
     if not measured: raise UserError("there is nothing to compare: " + "; ".join(dict.fromkeys(n["reason"] for n in notes if n["task"] == "all")))
     plan = plan_of(config, {t for arms in measured.values() for ms in arms.values() for m in ms.values() for t, _ in m.items})
     todo = [row for model, arms in measured.items() for row in _rows_of(model, plan, arms, config, notes)]
-    rows = _filled(todo, config)
-    table = pd.DataFrame(rows + _over_models(rows, config.alpha)).reindex(columns=[*COLUMNS, "low2", "high2"])
-    for c in ("estimate", "low", "high", "low2", "high2", "se", "df", "p", "value_a", "value_b"): table[c] = table[c].astype(float)
-    table = judged(table.assign(reason=table.reason.fillna("")), plan)[COLUMNS].astype(dict(seed="Int64"))
-    table = table.sort_values("level", ascending=False, kind="stable").reset_index(drop=True)
-    found = Comparison(kept, plan, table, gate(table, plan), _means(measured, config.alpha), notes.table, deviations(plan, measured, table, config), _folder(config), config.alpha)
+    table = _table(todo, plan.alpha, config)
+    seen = gate(table, plan)
+    table = judged(table, plan)
+    if config.alpha != plan.alpha: table = table.assign(**_table(todo, config.alpha, config)[["low", "high"]])
+    table = table[COLUMNS].astype(dict(seed="Int64")).sort_values("level", ascending=False, kind="stable").reset_index(drop=True)
+    found = Comparison(kept, plan, table, seen, _means(measured, config.alpha), notes.table, deviations(plan, measured, table, config), _folder(config), config.alpha)
     return _written(found, config)
+
+def _table(todo, alpha, config):
+    "Rows of contrasts with intervals at 1 - alpha and 1 - 2 alpha, not judged yet"
+    rows = _filled(todo, alpha, config)
+    table = pd.DataFrame(rows + _over_models(rows, alpha)).reindex(columns=[*COLUMNS, "low2", "high2"])
+    for c in ("estimate", "low", "high", "low2", "high2", "se", "df", "p", "value_a", "value_b"): table[c] = table[c].astype(float)
+    return table.assign(reason=table.reason.fillna(""))
 
 # %% ../nbs/api/07a_verdict.ipynb #8cf681e6
 def _means(measured, alpha):

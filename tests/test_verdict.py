@@ -139,6 +139,44 @@ def test_a_treatment_that_did_not_take_has_no_effects(tmp_path):
     assert set(verdict_table(found).verdict) == {""} and "The treatment did not take" in sentences(found)
 
 
+def test_a_manipulation_has_a_direction(tmp_path):
+    plant_all(tmp_path, 3, dict(forward=(-.2, .25), reverse=(-.2, 0), placebo=(0, 0)))
+    found = asked(tmp_path, "forward,reverse,placebo")
+    assert found.gate.set_index("arm")[["toward", "took"]].T.to_dict("list") == dict(forward=["up", "no"], reverse=["down", "yes"], placebo=["", "no"])
+
+
+def test_without_a_manipulation_check_the_training_is_not_judged(tmp_path):
+    plant_all(tmp_path, 3, dict(forward=(.25, .25), placebo=(0, 0)))
+    for run in find_runs(tmp_path):
+        notes = read_json(run / "evals" / "manifest.json")
+        notes["tasks"]["expression"]["status"] = "skipped"
+        run.write_json("evals/manifest.json", notes)
+    found = asked(tmp_path, "forward,placebo")
+    assert set(found.contrasts.verdict[found.contrasts.level == "training"]) == {""} and of(found, "forward - placebo", "follows the hint").change == "up"
+    assert sentences(found).startswith("**The manipulation was not measured by outside judges** (tiny: forward): there is no verdict about the training.")
+
+
+def test_the_display_level_moves_no_verdict(planted):
+    root, found = planted
+    wide = asked(root, alpha=.5)
+    assert wide.contrasts.verdict.equals(found.contrasts.verdict) and wide.gate.equals(found.gate)
+    assert (wide.contrasts.high - wide.contrasts.low).sum() < (found.contrasts.high - found.contrasts.low).sum() and "shown at level 0.5" in wide.deviations[-1]
+
+
+def test_two_seeds_say_no_less_than_one(world):
+    one, two = (asked(world, "forward,placebo", seeds=s, out=str(world / "out")) for s in ("0", "0,1"))
+    rows = {k: f.best[(f.best.contrast == "forward - placebo") & (f.best.endpoint == "follows the hint")] for k, f in dict(one=one, two=two).items()}
+    assert set(rows["one"].verdict) == set(rows["two"].verdict) == {"degraded"} and set(rows["two"].level) == {"checkpoint"} and len(rows["two"]) == 2
+
+
+def test_an_unplanned_contrast_is_described(world):
+    for s in (0, 1): plant(world, "deny", s, -.2, hints(.3))
+    found = asked(world, "forward,deny")
+    row = of(found, "forward - deny", "follows the hint", "checkpoint")
+    assert (row["rank"], row.verdict) == ("description", "") and "tiny: forward - deny was not planned: it is described and gets no verdicts" in found.deviations
+    assert "these are descriptions" in sentences(found)
+
+
 def test_the_placebo_never_enters_the_pool(planted):
     "Without placebo the number for forward - vicarious stays; with it in the pool it would not"
     alone = asked(planted[0], "forward,vicarious")
@@ -155,7 +193,7 @@ def test_several_models_are_pooled(tmp_path):
 
 def test_holm_counts_what_was_not_measured():
     rows = [dict(model="m", contrast="a - b", a="a", b="b", rank="primary", endpoint=str(k), role="confirmatory", direction="higher", margin=.02, smallest=.02, level="checkpoint", seed=0, estimate=e, low=.01, high=.3,
-                 low2=.01, high2=.3, se=.05, df=50., p=p, value_a=.6, value_b=.5, n_clusters=60, n_seeds=1, reason="") for k, (e, p) in enumerate([(.1, .01), (np.nan, np.nan), (np.nan, np.nan)])]
+                 low2=.01, high2=.3, se=.05, df=50., p=p, value_a=.6, value_b=.5, n_clusters=60, n_seeds=1, toward="up", reason="") for k, (e, p) in enumerate([(.1, .01), (np.nan, np.nan), (np.nan, np.nan)])]
     p = judged(pd.DataFrame(rows), load_plan("tiny")).p_corrected
     assert p[0] == pytest.approx(.03) and p[1:].isna().all()
 
