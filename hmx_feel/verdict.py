@@ -4,23 +4,26 @@
 
 # %% ../nbs/api/07a_verdict.ipynb #25b43902
 from __future__ import annotations
-import fnmatch, functools, json, re, shlex
+import datetime, fnmatch, functools, json, re, shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats as sps
-from .rubric import Rubric, arm_names, load_arm, load_rubric, read_yaml
+from .judge import judge_prompt
+from .panel import load_panel
+from .rubric import Rubric, arm_names, load_arm, load_prompts, load_rubric, read_yaml, train_prompts
 from .runs import (SCHEMA, UNSEEDED, Run, UserError, content_hash, data_names, data_path, explain, find_runs, model_slug, nearest, read_parquet,
                            split_list, write_json, write_parquet, write_text)
 from .stats import (HEADLINE, Cell, Formula, bh, cluster_totals, detectable, generator, hartung_knapp, holm, influence, item_values, pooled_variance,
                             reach_unchanged, robust_variance, seed_level, solve)
 
 # %% auto #0
-__all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'freeze', 'Notes',
-           'run_name', 'Asked', 'Items', 'items_of_run', 'Measured', 'of_condition', 'better_side', 'judged', 'gate',
-           'deviations', 'Comparison', 'best_level', 'plan_of', 'compare', 'write_table', 'verdict_table', 'plant']
+__all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'frozen_plan', 'freeze',
+           'freeze_for', 'Notes', 'evals_at', 'done_tasks', 'run_name', 'Asked', 'Items', 'items_of_run', 'Measured',
+           'of_condition', 'better_side', 'judged', 'gate', 'deviations', 'Comparison', 'best_level', 'plan_of',
+           'compare', 'write_table', 'verdict_table', 'plant']
 
 # %% ../nbs/api/07a_verdict.ipynb #a802fd45
 class _Strict(BaseModel): model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +86,10 @@ class Plan(_Strict):
     endpoints:list[Endpoint] = Field(min_length=1, description="confirmatory endpoints")
     exploratory:list[Endpoint] = Field([], description="further endpoints that are not means of one metric")
     rubrics:dict[str, str] = Field({}, description="hash of each arm's rubric, noted when the plan was frozen")
-    frozen:dict = Field({}, description="when, and which runs were there already")
+    prompts:dict[str, str] = Field({}, description="hash of the prompts that each arm trains on, noted then")
+    judge_prompt:str = Field("", description="hash of the judge's prompt, noted then")
+    panels:dict[str, str] = Field({}, description="hash of each panel, noted then")
+    frozen:dict = Field({}, description="when, which runs were there already, rubrics tried before, and hashes of plans that it replaces")
 
     @model_validator(mode="after")
     def _once(self):
@@ -92,6 +98,8 @@ class Plan(_Strict):
         return self
     @property
     def hash(self)->str: return content_hash(self.model_dump(mode="json", exclude={"frozen"}))[:12]
+    @property
+    def rules(self)->str: return content_hash(self.model_dump(mode="json", exclude={"frozen", "rubrics", "prompts", "judge_prompt", "panels"}))[:12]
 
 def load_plan(name)->Plan: # A shipped plan, or a YAML file
     "A plan by its name; mistakes are named by file and field"
@@ -106,19 +114,47 @@ def load_plan(name)->Plan: # A shipped plan, or a YAML file
 # %% ../nbs/api/07a_verdict.ipynb #7d6b6c46
 PLAN = "plan.yaml"
 
+def _homes(root):
+    "Where a plan may lie: the folder of runs; for the runs of a grid, its folder comes first"
+    grid = Path(root).absolute().parents
+    return [grid[1], grid[3]] if grid[0].name == "view" and grid[2].name == "grids" else [Path(root)]
+
+def frozen_plan(root, # Folder of all runs, or of those of a grid's comparison
+               )->Path|None: # Its plan.yaml
+    "The plan that was frozen for these runs"
+    return next((p for h in _homes(root) if (p := h / PLAN).is_file()), None)
+
 def freeze(plan:Plan, # What to fix
-           root, # Folder of all runs
+           root, # Folder of all runs, or of those of a grid's comparison
            date:str, # Day, for people
-           replace:bool=False, # Write over a plan that is there
-          )->Path: # plan.yaml in it
+           replace:bool=False, # Write over a plan that is there; its hash is kept
+           panels:tuple=(), # Panels, by name or file
+           prompts:str="hmx-feel", # Prompts of the training
+          )->Path: # plan.yaml
     "Write the plan beside the runs that are to come"
-    path = Path(root) / PLAN
-    if path.is_file() and not replace: raise UserError(f"{path}: found a plan frozen on {read_yaml(path).get('frozen', {}).get('on', 'some day')}, allowed: none; pass replace=True to fix another one")
-    arms = dict.fromkeys(a for c in plan.contrasts for a in (c.a, c.b) if a in arm_names())
-    plan = plan.model_copy(update=dict(rubrics={a: load_arm(a).load_rubric().hash for a in arms}))
-    there = [f"{r.model_slug}/{r.arm}/{r.path.name}" for r in find_runs(Path(root)) if r.arm not in UNSEEDED]
-    plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there))))
+    path, before = _homes(root)[0] / PLAN, []
+    if path.is_file():
+        old = read_yaml(path).get("frozen", {})
+        if not replace: raise UserError(f"{path}: found a plan frozen on {old.get('on', 'some day')}, allowed: none; pass replace=True to fix another one")
+        before = [*old.get("before", []), dict(on=old.get("on"), hash=old.get("hash"))]
+    rubrics = {a: load_arm(a).load_rubric() for c in plan.contrasts for a in (c.a, c.b) if a in arm_names()}
+    trained = {a: content_hash([p.model_dump() for p in train_prompts(load_prompts(prompts), r)]) for a, r in rubrics.items() if load_arm(a).trained}
+    plan = plan.model_copy(update=dict(rubrics={a: r.hash for a, r in rubrics.items()}, prompts=trained, judge_prompt=content_hash(judge_prompt()), panels={p.name: p.hash for p in map(load_panel, panels)}))
+    runs = [r for r in find_runs(_homes(root)[-1], finished=False) if r.arm not in UNSEEDED]
+    there = [f"{r.model_slug}/{r.arm}/{r.path.name}" for r in runs if r.finished]
+    tried = len({r.identity["rubric"] for r in runs if "rubric" in r.identity})
+    plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there), rubrics_tried=tried) | (dict(before=before) if before else {})))
     return write_text(path, yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=140))
+
+def freeze_for(config, # CompareConfig
+               panels:tuple=(), # Panels that the runs will be measured with
+               prompts:str="hmx-feel", # Prompts of the training
+               replace:bool=False, # Freeze again
+              )->Path: # plan.yaml, of now or of before
+    "The frozen plan of a comparison that is to come; where there is none yet, the one it would use is frozen today"
+    path = frozen_plan(config.root)
+    if path and not replace: return path
+    return freeze(plan_of(config, {t.name for p in map(load_panel, panels) for t in p.tasks}), config.root, datetime.date.today().isoformat(), replace, panels, prompts)
 
 # %% ../nbs/api/07a_verdict.ipynb #5d263c98
 class Notes(list):
@@ -135,27 +171,56 @@ def _command(config, verb, model, **options):
     say = lambda k, v: f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k} {shlex.quote(str(v))}"
     return " ".join([f"hmx-feel {verb}", *(say(k.replace("_", "-"), v) for k, v in options.items())])
 
-def run_name(run)->str: return "the untrained model" if run.arm == "base" else f"{run.arm} seed {run.seed}"
+def evals_at(run, # A run
+             readout:int|None, # Training step at which all arms are read; None: the end
+            )->str: # Folder in the run
+    "Where the rows of a run lie that a comparison reads"
+    steps = run.identity.get("config", {}).get("steps")
+    return f"evals/step-{readout:06d}" if readout and steps and readout < steps else "evals"
 
-def _runs_of(model, config, notes):
+def done_tasks(run, # A run
+               readout:int|None=None, # Training step that is read
+              )->dict: # Task -> what its manifest says; empty if the run was not measured there
+    "What a run was measured on"
+    path = f"{evals_at(run, readout)}/manifest.json"
+    try: tasks = run.read_json(path)["tasks"] if (run / path).is_file() else {}
+    except (UserError, KeyError): return {}
+    return {t: n for t, n in tasks.items() if n.get("status") == "done"}
+
+def run_name(run)->str: return "the untrained model" if run.arm == "base" else run.arm if _seedless(run.arm) else f"{run.arm} seed {run.seed}"
+
+def _runs_of(model, plan, config, notes):
     "Arm -> its runs to compare, the latest of each seed; `base` first"
     every = find_runs(config.root, model, finished=False)
     latest = {(r.arm, r.seed): r for r in every if r.finished}
-    have, asked = sorted({a for a, _ in latest} - set(UNSEEDED)), [a for a in dict.fromkeys(split_list(config.arms)) if a != "base"]
-    if not asked: raise UserError(f"arms: found {config.arms!r}, allowed: trained arms, comma-separated; finished: {', '.join(have) or 'none'}")
+    have, planned = sorted({a for a, _ in latest} - set(UNSEEDED)), list(dict.fromkeys(a for c in plan.contrasts for a in (c.a, c.b)))
+    asked = [a for a in dict.fromkeys(split_list(config.arms)) if a != "base"] if config.arms else [a for a in planned if a in have] or planned[:1]
+    if not asked: raise UserError(f"arms: found {config.arms!r}, allowed: arms other than base, comma-separated; finished: {', '.join(have) or 'none'}")
     try: seeds = {int(s) for s in split_list(config.seeds)}
     except ValueError: raise UserError(f"seeds: found {config.seeds!r}, allowed: whole numbers, comma-separated") from None
     if odd := [a for a in asked if a not in (*have, *arm_names(), *(r.arm for r in every))]:
         raise UserError(f"no finished run of {model} {odd[0]} under {config.root}; finished: {', '.join(have) or 'none'}{nearest(odd[0], [*have, *arm_names()])}")
-    out = {"base": [latest[k] for k in [("base", 0)] if k in latest]}
+    out = {"base": [r for r in every if r.arm == "base" and r.finished]}
     if not out["base"]: raise UserError(f"the untrained {model} has not been measured; run: {_command(config, 'evaluate', model)}")
     for arm in asked:
+        if _seedless(arm):
+            out[arm] = [r for r in every if r.arm == arm and r.finished]
+            if not out[arm]: notes.add(model, arm, None, "all", f"not measured; run: {_command(config, 'evaluate', model, arm=arm)}", "its contrasts are not there")
+            continue
         out[arm] = [r for (a, s), r in sorted(latest.items()) if a == arm and (not seeds or s in seeds)]
         for r in every:
             if r.arm == arm and not r.finished and (r.arm, r.seed) not in latest: notes.add(model, arm, r.seed, "all", f"{r.path.name} is not finished", "this seed counts nowhere; finish it, or fewer seeds speak")
         for s in sorted(seeds - {r.seed for r in out[arm]} or ({0} if not out[arm] else set())):
             notes.add(model, arm, s, "all", f"no finished run; train it: {_command(config, 'train', model, arm=arm, seed=s)}", "its contrasts are not there" if not out[arm] else "one seed less speaks")
-    return {a: rs for a, rs in out.items() if rs}
+    return _fitting({a: rs for a, rs in out.items() if rs}, plan.readout)
+
+def _fitting(runs, readout):
+    "The untrained model, measured in several ways, has a folder for each: the one that was measured as the trained runs were"
+    like = next((done_tasks(r, readout) for a, rs in runs.items() if not _seedless(a) for r in rs), {})
+    def fit(r):
+        mine = done_tasks(r, readout)
+        return sum(_measured_with(mine[t]) == _measured_with(n) for t, n in like.items() if t in mine)
+    return {a: [max(rs[::-1], key=fit)] if _seedless(a) else rs for a, rs in runs.items()}
 
 # %% ../nbs/api/07a_verdict.ipynb #42d17f1a
 _FREE = ("arm", "seed", "rubric", "micro_batch", "model", "revision", "noise_floor")   # settings in which the runs of a comparison may differ
@@ -197,11 +262,10 @@ class Items:
 
 _KEYS = ["item_id", "condition", "order", "cluster", "prompt_sha"]
 
-def _read(run, task, columns=None):
-    "Item rows of a task, without the answers' texts"
-    path = run / "evals" / f"{task}.parquet"
-    rows = read_parquet(path)
-    rows = rows.drop(columns=[c for c in ("raw", "parsed", "schema") if c in rows.columns]) if columns is None else rows
+def _read(run, task, readout, texts=False):
+    "Item rows of a task"
+    rows = read_parquet(run / evals_at(run, readout) / f"{task}.parquet")
+    rows = rows if texts else rows.drop(columns=[c for c in ("raw", "parsed", "schema") if c in rows.columns])
     return rows.assign(run_id=run.id8, task=task)
 
 def _checked(rows, name):
@@ -209,7 +273,7 @@ def _checked(rows, name):
     if rows.empty: raise UserError("the file has no rows")
     keys = ["item_id", "condition", "order", "metric"] + [c for c in ["sample"] if c in rows]
     again = rows.duplicated(keys)
-    if again.any() and "sample" in rows: raise UserError(f"item {rows.item_id[again].iloc[0]} stands there twice ({int(again.sum())} rows too many)")
+    if again.any(): raise UserError(f"item {rows.item_id[again].iloc[0]} stands there twice ({int(again.sum())} rows too many)")
     return rows
 
 def items_of_run(rows:pd.DataFrame, # Item rows of one run and task
@@ -249,12 +313,13 @@ class Measured:
     def paid(self)->frozenset: # Prompt kinds that the rubric pays
         return frozenset(self.items[HEADLINE].asked.rows.condition.unique()) if HEADLINE in self.items else frozenset()
 
-def _measured(run, model, config, known, notes):
+def _measured(run, model, plan, config, known, notes):
     "Items of a run; what cannot be read is noted"
-    path = run / "evals" / "manifest.json"
-    which = {} if run.arm == "base" else dict(arm=run.arm, seed=run.seed)
+    path = f"{evals_at(run, plan.readout)}/manifest.json"
+    there = f" at step {plan.readout}, where the plan reads" if path != "evals/manifest.json" else ""
+    which = ({} if run.arm == "base" else dict(arm=run.arm) if _seedless(run.arm) else dict(arm=run.arm, seed=run.seed)) | (dict(step=plan.readout) if there else {})
     hint = f"run: {_command(config, 'evaluate', model, **which)}"
-    try: tasks = run.read_json("evals/manifest.json")["tasks"] if path.is_file() else {}
+    try: tasks = run.read_json(path)["tasks"] if (run / path).is_file() else {}
     except (UserError, KeyError) as e:
         notes.add(model, run.arm, run.seed, "all", f"its manifest cannot be read: {e}", "this run counts nowhere")
         return None
@@ -264,17 +329,17 @@ def _measured(run, model, config, known, notes):
             notes.add(model, run.arm, run.seed, task, note.get("reason", "not done"), "no verdict on it")
             continue
         try:
-            got = items_of_run(_checked(_read(run, task), task), known)
+            got = items_of_run(_checked(_read(run, task, plan.readout), task), known)
             items |= {(task, m): i for m, i in got.items()}
         except UserError as e: notes.add(model, run.arm, run.seed, task, e, "the task is left out of this run's contrasts")
     if not items:
-        notes.add(model, run.arm, run.seed, "all", f"{run_name(run)} has not been measured; {hint}", "this run counts nowhere")
+        notes.add(model, run.arm, run.seed, "all", f"{run_name(run)} has not been measured{there}; {hint}", "this run counts nowhere")
         return None
     return Measured(run, tasks, items)
 
 def _measured_with(note):
     "What a task was measured with"
-    settings = dict(note.get("settings", {}))
+    settings = {k: v for k, v in note.get("settings", {}).items() if k not in ("step", "dose")}   # these are the readout's
     return settings | settings.pop("load", {}) | dict(data=note.get("data"), chat=note.get("chat"))
 
 def _settings_differ(task, a, b):
@@ -601,8 +666,13 @@ def deviations(plan:Plan, # The plan in use
               )->list: # Lines
     "Where the comparison is not what was planned"
     out, runs = [], [m.run for arms in measured.values() for arm, ms in arms.items() for m in ms.values() if arm not in UNSEEDED]
-    if not plan.frozen: out.append(f"no plan was frozen before the runs; the shipped plan {plan.name!r} is used as it is")
+    path = frozen_plan(config.root)
+    other = load_plan(path) if path else None
+    if not plan.frozen and other: out.append(f"another plan than the frozen one is used: {plan.name!r} {plan.hash}; frozen on {other.frozen.get('on')}: {other.name!r} {other.hash}")
+    elif not plan.frozen: out.append(f"no plan was frozen before the runs; the plan {plan.name!r} is used as it is")
     else:
+        if before := plan.frozen.get("before"): out.append("the plan was frozen again; before: " + ", ".join(f"{b['hash']} on {b['on']}" for b in before))
+        if (tried := plan.frozen.get("rubrics_tried", 0)) > len(set(plan.rubrics.values())): out.append(f"{tried} rubrics had been tried in this folder when the plan was frozen")
         if plan.frozen.get("hash") != plan.hash: out.append(f"the plan was changed after it was frozen: its hash was {plan.frozen.get('hash')}, now it is {plan.hash}")
         early = [f"{r.arm} seed {r.seed}" for r in runs if f"{r.model_slug}/{r.arm}/{r.path.name}" in set(plan.frozen.get("runs", []))]
         if early: out.append(f"the plan was frozen after {len(early)} of {len(runs)} runs were finished: {', '.join(sorted(early)[:4])}{', ...' if len(early) > 4 else ''}")
@@ -628,8 +698,12 @@ def _run_deviations(plan, runs):
         saved = run.read_json("config.json")
         now, planned = (saved.get("rubric_hash") or _rubric_hash(saved.get("rubric"))), plan.rubrics.get(run.arm)
         if planned and now and now != planned: out.append(f"{run_name(run)}: rubric {now[:8]}, planned {planned[:8]}")
+        for what, wanted in dict(prompts=plan.prompts.get(run.arm), judge_prompt=plan.judge_prompt).items():
+            if wanted and run.identity.get(what, wanted) != wanted: out.append(f"{run_name(run)}: {what.replace('_', ' ')} {run.identity[what][:8]}, planned {wanted[:8]}")
+        for name, had in run.read_json(f"{evals_at(run, plan.readout)}/manifest.json").get("panels", {}).items():
+            if plan.panels.get(name, had) != had: out.append(f"{run_name(run)}: panel {name} {had[:8]}, planned {plan.panels[name][:8]}")
         steps = run.identity.get("config", {}).get("steps")
-        if plan.readout and steps and steps != plan.readout: out.append(f"{run_name(run)}: read at step {steps}, planned {plan.readout}")
+        if plan.readout and steps and steps < plan.readout: out.append(f"{run_name(run)}: read at step {steps}, planned {plan.readout}")
     return out
 
 def _rubric_hash(saved):
@@ -681,9 +755,8 @@ def _item_rows(found, seed, model, task):
         here = [r for r in runs if _seedless(arm) or seed is None or r.seed == seed]
         parts = []
         for r in here:
-            done = [t for t, n in r.read_json("evals/manifest.json")["tasks"].items() if n.get("status") == "done" and task in (None, t)]
-            for t in sorted(done):
-                try: parts.append(_read(r, t, "all").assign(seed=r.seed))
+            for t in sorted(t for t in done_tasks(r, found.plan.readout) if task in (None, t)):
+                try: parts.append(_read(r, t, found.plan.readout, texts=True).assign(seed=r.seed))
                 except UserError: continue
         if parts: out[arm] = pd.concat(parts, ignore_index=True)
     return out
@@ -697,8 +770,10 @@ def plan_of(config, # CompareConfig
             tasks=(), # Tasks that were measured
            )->Plan: # The plan to go by
     "The plan of a comparison: the given one, the frozen one, or the shipped one that fits best"
-    if config.plan: return load_plan(config.plan)
-    if (config.root / PLAN).is_file(): return load_plan(config.root / PLAN)
+    path = frozen_plan(config.root)
+    frozen = load_plan(path) if path else None
+    if config.plan and (frozen is None or load_plan(config.plan).rules != frozen.rules): return load_plan(config.plan)
+    if frozen: return frozen
     shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
     fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
     return shipped[max(sorted(fits, reverse=True), key=fits.get)]
@@ -707,18 +782,19 @@ def compare(config, # A CompareConfig
            )->Comparison: # Tables; the same lie in `out`, as csv and, for papers, as tex
     "Paired comparison of the untrained models and the finished runs of some arms"
     notes, measured, known, kept = Notes(), {}, {}, {}
-    for model in split_list(config.model) or [config.model]:
-        try: runs = _alike(_runs_of(model, config, notes), model, config, notes)
+    models = split_list(config.model) or [config.model]
+    plan = plan_of(config, {t for m in models for r in find_runs(config.root, m) for t in done_tasks(r)})
+    for model in models:
+        try: runs = _alike(_runs_of(model, plan, config, notes), model, config, notes)
         except UserError as e:
-            if len(split_list(config.model)) < 2: raise
+            if len(models) < 2: raise
             notes.add(model, "all", None, "all", e, "this model says nothing")
             continue
-        arms = {a: {r.seed: m for r in rs if (m := _measured(r, model, config, known, notes)) is not None} for a, rs in runs.items()}
+        arms = {a: {r.seed: m for r in rs if (m := _measured(r, model, plan, config, known, notes)) is not None} for a, rs in runs.items()}
         arms = {a: ms for a, ms in arms.items() if ms}
         if "base" not in arms or len(arms) < 2: notes.add(model, "all", None, "all", "fewer than two arms can be read", "this model says nothing")
         else: measured[model], kept[model] = arms, {a: [m.run for m in ms.values()] for a, ms in arms.items()}
     if not measured: raise UserError("there is nothing to compare: " + "; ".join(dict.fromkeys(n["reason"] for n in notes if n["task"] == "all")))
-    plan = plan_of(config, {t for arms in measured.values() for ms in arms.values() for m in ms.values() for t, _ in m.items})
     todo = [row for model, arms in measured.items() for row in _rows_of(model, plan, arms, config, notes)]
     table = _table(todo, plan.alpha, config)
     seen = gate(table, plan)

@@ -1,4 +1,5 @@
 """Plans, contrasts over run folders, verdicts and what a report says of them; bad input costs what it touches and nothing more."""
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from hmx_feel.verdict import (
     Plan,
     compare,
     freeze,
+    freeze_for,
+    frozen_plan,
     judged,
     load_plan,
     plant,
@@ -93,6 +96,18 @@ def test_a_frozen_plan_knows_what_was_there(tmp_path):
     saved = load_plan(tmp_path / PLAN)
     assert saved.frozen["hash"] == saved.hash and len(saved.frozen["runs"]) == 1 and set(saved.rubrics) >= {"forward", "placebo"}
     with pytest.raises(UserError, match="replace=True"): freeze(saved, tmp_path, "2026-11-25")
+    again = load_plan(freeze(load_plan("tiny").model_copy(update=dict(margin=.1)), tmp_path, "2026-11-25", replace=True, panels=["tiny"]))
+    assert again.frozen["before"] == [dict(on="2026-11-24", hash=saved.hash)] and again.frozen["rubrics_tried"] == 0
+    assert set(again.prompts) >= {"forward", "placebo"} and "prompted" not in again.prompts and again.judge_prompt and list(again.panels) == ["tiny"]
+
+
+def test_a_grids_comparison_finds_the_plan_of_the_grid(tmp_path):
+    view = tmp_path / "grids" / "mine" / "view" / "all"
+    assert frozen_plan(view) is None
+    freeze(load_plan("tiny"), tmp_path, "2026-11-24")
+    assert frozen_plan(view) == tmp_path / PLAN == freeze_for(CompareConfig(runs=str(view)))
+    freeze(load_plan("tiny"), view, "2026-11-25")
+    assert frozen_plan(view) == tmp_path / "grids" / "mine" / PLAN
 
 
 def test_deviations_are_listed(planted, world):
@@ -103,12 +118,29 @@ def test_deviations_are_listed(planted, world):
     assert late.deviations[0].startswith("no plan was frozen") and "tiny: forward has 2 of 3 planned seeds" in late.deviations
     freeze(load_plan("tiny"), world, "2026-11-24")
     assert "frozen after 4 of 4 runs" in asked(world, "forward,placebo").deviations[0]
+    (world / "other.yaml").write_text(yaml.safe_dump(load_plan("tiny").model_copy(update=dict(min_seeds=2)).model_dump(mode="json")))
+    assert asked(world, "forward,placebo", plan=str(world / "other.yaml")).deviations[0].startswith("another plan than the frozen one is used: 'tiny'")
+    assert asked(world, "forward,placebo", plan="tiny").plan.frozen, "the same rules: it is the frozen one"
     text = (world / PLAN).read_text()
     (world / PLAN).write_text(text.replace("margin: 0.05", "margin: 0.5", 1))
     assert "changed after it was frozen" in asked(world, "forward,placebo").deviations[0]
 
 
 # --- verdicts ------------------------------------------------------------------------------------------------
+
+def test_all_arms_are_read_at_the_planned_step(world):
+    p = Plan(**load_plan("tiny").model_dump() | dict(readout=20))
+    (world / PLAN).write_text(yaml.safe_dump(p.model_dump(mode="json")))
+    for s in (0, 1):
+        for arm in ("forward", "placebo"):
+            run = run_of(world, arm, s)
+            if (arm, s) != ("placebo", 1): shutil.copytree(run / "evals", run / "evals" / "step-000020")
+            change(run, "tiny_facts", lambda d: d.assign(value=0.))
+    found = asked(world, "forward,placebo")
+    assert of(found, "forward - placebo", "facts", "checkpoint").value_a > .5 and found.rows_of(0, task="tiny_facts")["forward"].value.mean() > .5
+    assert [r.reason for r in found.skipped.itertuples() if r.arm == "placebo"][0] == \
+        f"placebo seed 1 has not been measured at step 20, where the plan reads; run: hmx-feel evaluate --model tiny --arm placebo --seed 1 --step 20 --runs {world}"
+
 
 def test_what_was_planted_is_found(planted):
     _, found = planted
