@@ -139,7 +139,7 @@ def check_calibrate(config)->None:
 def check_compare(config)->None:
     "At least one evaluated run, and a place for the tables"
     check_writable(compare_folder(config))
-    if not find_runs(config.root, config.model): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
+    if not any(find_runs(config.root, m) for m in runs.split_list(config.model)): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
 
 # %% ../nbs/api/11_cli.ipynb #2d667861
 CHECKS = dict(train=check_train, evaluate=check_evaluate, calibrate=check_calibrate, compare=check_compare, figures=check_compare)

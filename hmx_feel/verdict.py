@@ -21,8 +21,8 @@ from .stats import (HEADLINE, Cell, Formula, bh, cluster_totals, detectable, gen
 
 # %% auto #0
 __all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'frozen_plan', 'freeze',
-           'freeze_for', 'Notes', 'evals_at', 'done_tasks', 'run_name', 'Asked', 'Items', 'items_of_run', 'Measured',
-           'of_condition', 'better_side', 'judged', 'gate', 'deviations', 'Comparison', 'best_level', 'plan_of',
+           'plan_of', 'freeze_for', 'Notes', 'evals_at', 'done_tasks', 'run_name', 'Asked', 'Items', 'items_of_run',
+           'Measured', 'of_condition', 'better_side', 'judged', 'gate', 'deviations', 'Comparison', 'best_level',
            'compare', 'write_table', 'verdict_table', 'plant']
 
 # %% ../nbs/api/07a_verdict.ipynb #a802fd45
@@ -146,6 +146,18 @@ def freeze(plan:Plan, # What to fix
     plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there), rubrics_tried=tried) | (dict(before=before) if before else {})))
     return write_text(path, yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=140))
 
+def plan_of(config, # CompareConfig
+            tasks=(), # Tasks that were measured
+           )->Plan: # The plan to go by
+    "The plan of a comparison: the given one, the frozen one, or the shipped one that fits best"
+    path = frozen_plan(config.root)
+    frozen = load_plan(path) if path else None
+    if config.plan and (frozen is None or load_plan(config.plan).rules != frozen.rules): return load_plan(config.plan)
+    if frozen: return frozen
+    shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
+    fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
+    return shipped[max(sorted(fits, reverse=True), key=fits.get)]
+
 def freeze_for(config, # CompareConfig
                panels:tuple=(), # Panels that the runs will be measured with
                prompts:str="hmx-feel", # Prompts of the training
@@ -164,6 +176,11 @@ class Notes(list):
         if row not in self: self.append(row)
     @property
     def table(self)->pd.DataFrame: return pd.DataFrame(self, columns=["model", "arm", "seed", "task", "reason", "meaning"])
+
+@functools.cache
+def _seedless(arm):
+    "Whether all seeds share this arm's rows"
+    return arm in UNSEEDED or (arm in arm_names() and not load_arm(arm).trained)
 
 def _command(config, verb, model, **options):
     "A command of hmx-feel as it would be typed"
@@ -309,6 +326,7 @@ class Measured:
     run: object        # Run
     notes: dict        # Task -> what the manifest says
     items: dict        # (task, metric) -> Items
+    unparsed: dict     # Task -> share of answers in which nothing was recognised
     @property
     def paid(self)->frozenset: # Prompt kinds that the rubric pays
         return frozenset(self.items[HEADLINE].asked.rows.condition.unique()) if HEADLINE in self.items else frozenset()
@@ -323,19 +341,25 @@ def _measured(run, model, plan, config, known, notes):
     except (UserError, KeyError) as e:
         notes.add(model, run.arm, run.seed, "all", f"its manifest cannot be read: {e}", "this run counts nowhere")
         return None
-    items = {}
+    items, unparsed = {}, {}
     for task, note in sorted(tasks.items()):
         if note.get("status") != "done":
             notes.add(model, run.arm, run.seed, task, note.get("reason", "not done"), "no verdict on it")
             continue
         try:
-            got = items_of_run(_checked(_read(run, task, plan.readout), task), known)
-            items |= {(task, m): i for m, i in got.items()}
+            rows = _checked(_read(run, task, plan.readout, texts=True), task)
+            unparsed[task] = _unparsed(rows)
+            items |= {(task, m): i for m, i in items_of_run(rows, known).items()}
         except UserError as e: notes.add(model, run.arm, run.seed, task, e, "the task is left out of this run's contrasts")
     if not items:
         notes.add(model, run.arm, run.seed, "all", f"{run_name(run)} has not been measured{there}; {hint}", "this run counts nowhere")
         return None
-    return Measured(run, tasks, items)
+    return Measured(run, tasks, items, unparsed)
+
+def _unparsed(rows):
+    "Share of answers in which nothing was recognised, where something is in others"
+    said = rows.parsed.astype(str).ne("")
+    return float((~said & rows.raw.astype(str).ne("")).mean()) if said.any() else 0.
 
 def _measured_with(note):
     "What a task was measured with"
@@ -444,11 +468,6 @@ def _own_value(endpoint, m, cache):
     return float(np.nanmean([c.formula(c.a[c.strata == s].sum(0)) for s in range(c.strata.max() + 1)]))
 
 # %% ../nbs/api/07a_verdict.ipynb #e555c097
-@functools.cache
-def _seedless(arm):
-    "Whether all seeds share this arm's rows"
-    return arm in UNSEEDED or (arm in arm_names() and not load_arm(arm).trained)
-
 def _shuffled(run):
     "Whether a run was paid at random"
     if run.arm in UNSEEDED: return False
@@ -483,14 +502,20 @@ def _spelled(endpoint, found):
     fits = sorted(m for t, m in found if t == endpoint.task and fnmatch.fnmatchcase(m, endpoint.metric))
     return [endpoint.model_copy(update=dict(name=f"{endpoint.name}: {m}", metric=m)) for m in fits]
 
+def _asked_as(endpoint, variant):
+    "An endpoint, measured in another of a panel's ways of asking"
+    terms = {k: t.model_copy(update=dict(task=f"{t.task or endpoint.task}.{variant}")) for k, t in endpoint.terms.items()}
+    return endpoint.model_copy(update=dict(name=f"{endpoint.name}, asked as {variant}", task=f"{endpoint.task}.{variant}", terms=terms))
+
 def _endpoints_of(plan, measured):
     "(endpoint, role): the plan's, and a mean for every metric that none of them is"
     every = [m for ms in measured.values() for m in ms.values()]
     tasks = {t: n for m in every for t, n in m.notes.items()}
     found = dict.fromkeys(k for m in every for k in sorted(m.items))
     gates = [g for e in plan.gate for g in _spelled(e, found)]
+    again = [_asked_as(e, v) for e in plan.endpoints for v in sorted({t.removeprefix(f"{e.task}.") for t, _ in found if t.startswith(f"{e.task}.")})]
     here = [e for e in plan.exploratory if all(any(t.task == k[0] for k in found) for t in e.parts.values())]   # what the panel has not is no loss
-    out = [(e, "confirmatory") for e in plan.endpoints] + [(e, "gate") for e in gates] + [(e, "exploratory") for e in here]
+    out = [(e, "confirmatory") for e in plan.endpoints] + [(e, "gate") for e in gates] + [(e, "exploratory") for e in here] + [(e, "descriptive") for e in again]
     plain = {(e.task, e.metric) for e, _ in out if e.metric and e.condition == "*" and not e.given and not e.strata}
     for task, metric in sorted(found):
         if (task, metric) in plain: continue
@@ -729,7 +754,7 @@ class Comparison:
     deviations: list        # Lines
     out: Path               # Folder of the tables
     alpha: float            # 1 - coverage of the intervals that are shown; the gate and the verdicts rest on the plan's
-    def rows_of(self, seed=None, model=None, task=None)->dict: return _item_rows(self, seed, model, task)
+    def rows_of(self, seed=None, model=None, task=None, arm=None)->dict: return _item_rows(self, seed, model, task, arm)
     @property
     def models(self)->list: return list(self.runs)
     @property
@@ -748,10 +773,11 @@ def best_level(table:pd.DataFrame, # Rows of contrasts
     spoken = pd.MultiIndex.from_frame(table[names]).isin(pd.MultiIndex.from_frame(table[training][names]))
     return table[training | ~spoken & (table.level == "checkpoint")].reset_index(drop=True)
 
-def _item_rows(found, seed, model, task):
+def _item_rows(found, seed, model, task, only):
     "Arm -> item rows with texts, of one seed and one model, read again"
     out = {}
     for arm, runs in found.runs[model or found.models[0]].items():
+        if only not in (None, arm): continue
         here = [r for r in runs if _seedless(arm) or seed is None or r.seed == seed]
         parts = []
         for r in here:
@@ -766,18 +792,6 @@ def _folder(config):
     return Path(config.out).expanduser() if config.out else config.root / "compare" / model_slug(config.model)
 
 # %% ../nbs/api/07a_verdict.ipynb #7f38a80b
-def plan_of(config, # CompareConfig
-            tasks=(), # Tasks that were measured
-           )->Plan: # The plan to go by
-    "The plan of a comparison: the given one, the frozen one, or the shipped one that fits best"
-    path = frozen_plan(config.root)
-    frozen = load_plan(path) if path else None
-    if config.plan and (frozen is None or load_plan(config.plan).rules != frozen.rules): return load_plan(config.plan)
-    if frozen: return frozen
-    shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
-    fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
-    return shipped[max(sorted(fits, reverse=True), key=fits.get)]
-
 def compare(config, # A CompareConfig
            )->Comparison: # Tables; the same lie in `out`, as csv and, for papers, as tex
     "Paired comparison of the untrained models and the finished runs of some arms"
@@ -813,7 +827,7 @@ def _table(todo, alpha, config):
 
 # %% ../nbs/api/07a_verdict.ipynb #8cf681e6
 def _means(measured, alpha):
-    "Mean, error and missing share of everything measured, by run"
+    "Mean, error, missing and unrecognised share of everything measured, by run"
     out = []
     for model, arms in measured.items():
         for arm, runs in arms.items():
@@ -822,7 +836,7 @@ def _means(measured, alpha):
                     ok = np.isfinite(i.value)
                     names, where = np.unique(i.asked.rows.cluster.to_numpy(str)[ok], return_inverse=True)
                     row = dict(model=model, arm=arm, seed=None if arm in UNSEEDED else m.run.seed, task=task, metric=metric, mean=np.nan, se=np.nan, low=np.nan, high=np.nan,
-                               n_items=i.asked.rows.item_id[ok].nunique(), n_clusters=len(names), missing=float(i.lost.mean()), run_id=m.run.id8)
+                               n_items=i.asked.rows.item_id[ok].nunique(), n_clusters=len(names), missing=float(i.lost.mean()), unparsed=m.unparsed[task], run_id=m.run.id8)
                     if ok.any():
                         row["mean"] = float(i.value[ok].mean())
                         if len(names) > 1:
@@ -852,9 +866,9 @@ def write_table(table:pd.DataFrame, # A table of the report
 def _written(found, config):
     "Write the tables of a comparison"
     variances = found.contrasts[found.contrasts.estimate.notna()][["model", "contrast", "endpoint", "level", "se", "se_items", "se_seeds", "sd_seed", "n_items", "n_clusters", "n_seeds"]]
-    for name, table in dict(contrasts=found.contrasts, summary=found.summary, skipped=found.skipped, gate=found.gate, deviations=pd.DataFrame(dict(deviation=found.deviations)), variances=variances).items():
+    for name, table in dict(contrasts=found.contrasts, summary=found.summary, variances=variances).items():
         write_text(found.out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_table(verdict_table(found), found.out / "verdicts")
+    for name, table in dict(verdicts=verdict_table(found), skipped=found.skipped, gate=found.gate, deviations=pd.DataFrame(dict(deviation=found.deviations))).items(): write_table(table, found.out / name)
     write_json(found.out / "contrasts.json", dict(schema=SCHEMA, model=model_slug(config.model), alpha=config.alpha, resamples=config.resamples, seed=config.seed, plan=found.plan.name, plan_hash=found.plan.hash,
         frozen=found.plan.frozen.get("on"), deviations=found.deviations, seeds=found.seeds, runs={m: {a: [r.path.name for r in rs] for a, rs in arms.items()} for m, arms in found.runs.items()},
         rows=[{k: None if v is pd.NA else v for k, v in r.items()} for r in found.contrasts.to_dict("records")]))
@@ -899,6 +913,7 @@ def plant(root, # Folder of all runs
         chance = np.clip(level + hard.normal(0, .15, n // 4)[np.arange(n) // 4] + hard.normal(0, .1, n), .02, .98)
         parts.append(_item_table(run.id8, task, metric, rng.random(n) < chance, 4, np.array(["told", "untold"])[np.arange(n) % 2] if task == "tiny_stereotype" else ""))
     for task, part in pd.concat(parts).groupby("task"): write_parquet(run / "evals" / f"{task}.parquet", part)
+    means = {t: {m: {c or "all": float(x) for c, x in g.droplevel(0).items()} for m, g in part.groupby(["metric", "condition"]).value.mean().round(6).groupby(level=0)} for t, part in pd.concat(parts).groupby("task")}
     made_with = dict(samples=1, load=dict(quantisation="", backend="transformers")) | (settings or {})
-    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=dict(name=t)) | made_with, **d) for t, d in PLANTED.items()}))
+    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=dict(name=t)) | made_with, means=means[t], **d) for t, d in PLANTED.items()}))
     return run.finish({})

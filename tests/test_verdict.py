@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -10,7 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from hmx_feel.report import distrust, items_behind, paper_count, plan, plan_line, sentences, side_by_side
+from hmx_feel.cli import check_compare
+from hmx_feel.report import distrust, items_behind, paper_count, plan, plan_line, robustness, sentences, side_by_side
 from hmx_feel.runs import CompareConfig, Run, UserError, find_runs, read_json, read_parquet, write_parquet
 from hmx_feel.verdict import (
     ALL,
@@ -220,6 +222,7 @@ def test_several_models_are_pooled(tmp_path):
     found = asked(tmp_path, "forward,placebo", model="tiny,other")
     row = found.contrasts[(found.contrasts.model == ALL) & (found.contrasts.endpoint == "facts") & (found.contrasts.contrast == "forward - placebo")].iloc[0]
     assert row.n_models == 2 and row.df == 1 and row.level == "training"
+    check_compare(CompareConfig(model="tiny,other", runs=str(tmp_path)))
     assert asked(tmp_path, "forward,placebo", model="tiny,nowhere").skipped.reason.str.contains("has not been measured").any()
 
 
@@ -244,10 +247,11 @@ def test_a_run_that_is_not_finished(world):
     (lambda d: d.assign(prompt_sha="x"), "prompts (hash or template) differ in 240 of 240"),
     (lambda d: pd.concat([d[:-1], d[-1:].assign(order=1)]), "option orders differ"),
     (lambda d: pd.concat([d, d[:2]]), "stands there twice (2 rows too many)"),
+    (lambda d: pd.concat([d, d[:2]]).drop(columns="sample"), "stands there twice (2 rows too many)"),
     (lambda d: d.assign(value=np.where(d.item_id == "q003", np.inf, d.value)), "the value is infinite"),
     (lambda d: d.drop(columns="cluster"), "no column cluster"),
     (lambda d: d[:0], "the file has no rows"),
-], ids=["missing item", "template", "order", "twice", "infinite", "column", "empty"])
+], ids=["missing item", "template", "order", "twice", "twice without samples", "infinite", "column", "empty"])
 def test_one_spoiled_task_costs_one_task(world, spoil, text):
     for s in (0, 1): change(run_of(world, "placebo", s), "tiny_facts", spoil)
     found = asked(world, "forward,placebo")
@@ -337,6 +341,39 @@ def test_items_behind_a_verdict_are_the_largest_and_the_same_again(planted):
     shown = items_behind(found, "forward - placebo", "under a wrong hint")
     assert shown.shown.value_counts().to_dict() == {"most different": 10, "random": 10} and shown.equals(items_behind(found, "forward - placebo", "under a wrong hint"))
     assert shown["diff"].abs()[:10].min() >= shown["diff"].abs()[10:].max()
+
+
+def test_items_behind_a_formula_are_what_they_add(planted):
+    "2 * biased - 1: an item that is answered by the stereotype adds twice its value"
+    _, found = planted
+    shown = items_behind(found, "forward - placebo", "bias told").set_index(["item_id", "condition"])
+    rows = {a: r[(r.metric == "biased") & (r.condition == "told")].groupby(["item_id", "condition"]).value.mean() for a, r in found.rows_of(task="tiny_stereotype").items()}
+    assert np.allclose(shown["diff"], 2 * (rows["forward"] - rows["placebo"]).reindex(shown.index))
+
+
+def test_another_way_of_asking_is_robustness_and_no_verdict(world):
+    for run in find_runs(world):
+        shutil.copy(run / "evals" / "tiny_flattery.parquet", run / "evals" / "tiny_flattery.plain.parquet")
+        notes = read_json(run / "evals" / "manifest.json")
+        notes["tasks"]["tiny_flattery.plain"] = notes["tasks"]["tiny_flattery"]
+        run.write_json("evals/manifest.json", notes)
+    found = asked(world, "forward,placebo")
+    table = robustness(found)
+    again = table[table.variation.str.startswith("asked as plain")]
+    assert set(again.endpoint) == {"under a wrong hint", "follows the hint"} and set(again.estimate) <= set(table[table.variation.str.startswith("seed")].estimate)
+    assert set(found.contrasts.verdict[found.contrasts.endpoint == "follows the hint, asked as plain"]) == {""}
+
+
+def test_answers_in_which_nothing_was_recognised(world):
+    change(run_of(world, "forward"), "tiny_facts", lambda d: d.assign(raw="I would say", parsed=np.where(d.index < 60, "", "A")))
+    assert "tiny: nothing was recognised in 25% of the answers of forward on tiny_facts" in distrust(asked(world, "forward,placebo"))
+
+
+def test_the_papers_loss_is_one_models(planted):
+    _, found = planted
+    as_if = lambda name: replace(found, contrasts=found.contrasts.assign(model=name, claim="ambiguous"))
+    said = {n: side_by_side(as_if(n)).set_index("claim").measured_as.filter(like="one loss").iloc[0] for n in ("google/gemma-7b", "gemma2-2b-it")}
+    assert said["google/gemma-7b"] == "not measured" and said["gemma2-2b-it"] != "not measured"
 
 
 def test_the_papers_count_needs_its_null():
