@@ -209,6 +209,13 @@ def test_an_unplanned_contrast_is_described(world):
     row = of(found, "forward - deny", "follows the hint", "checkpoint")
     assert (row["rank"], row.verdict) == ("description", "") and "tiny: forward - deny was not planned: it is described and gets no verdicts" in found.deviations
     assert "these are descriptions" in sentences(found)
+    assert set(asked(world, "").contrasts.contrast) == {"forward - placebo", "forward - base", "placebo - base"}, "without arms, the plan's"
+
+
+def test_an_arm_that_is_not_trained_stands_alone(tmp_path):
+    plant(tmp_path, "base"), plant(tmp_path, "prompted", 0, .2)
+    found = asked(tmp_path, "prompted")
+    assert found.seeds == [] and set(found.rows_of(task="tiny_facts")) == {"base", "prompted"} and set(found.contrasts.contrast) == {"prompted - base"}
 
 
 def test_the_placebo_never_enters_the_pool(planted):
