@@ -160,7 +160,7 @@ def items_behind(found:Comparison, # A comparison
     terms = list(e.parts.values()) if e else [Term(metric=row.metric, task=row.task)]
     slopes = _slopes(found, model, (row.a, row.b), e, terms)
     sides = {arm: _said(found, model, arm, terms, slopes) for arm in (row.a, row.b)}
-    both = sides[row.a].join(sides[row.b], lsuffix="_a", rsuffix="_b", how="inner").reset_index()
+    both = sides[row.a].merge(sides[row.b], left_index=True, right_index=True, suffixes=("_a", "_b")).reset_index()
     both = both.assign(diff=both.value_a - both.value_b).dropna(subset=["diff"])
     most = both.iloc[np.argsort(-both["diff"].abs().to_numpy(), kind="stable")[:n]]
     rest = both.drop(most.index)
