@@ -209,7 +209,8 @@ def _at_equal_length(found):
     "Expression at equal length of the answers, for the planned contrasts, where the panel measured it in depth; a mean over seeds, without a test"
     out = []
     for model in found.models:
-        deep = found.summary[(found.summary.model == model) & found.summary.metric.eq("expression")].task.unique()
+        metrics = found.summary[found.summary.model == model].groupby("task").metric.agg(set)
+        deep = metrics.index[[{"expression", "words"} <= m for m in metrics]]
         planned = found.contrasts[(found.contrasts.model == model) & (found.contrasts["rank"] != "description")][["contrast", "a", "b"]].drop_duplicates()
         for task in deep:
             rows = found.rows_of(model=model, task=task)
