@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OTHERS', 'CHECKS', 'GRID', 'config_class', 'option', 'add_options', 'make_parser', 'check_writable',
            'finished_run', 'check_train', 'check_evaluate', 'check_calibrate', 'check_compare', 'train_together',
-           'run_command', 'run_demo', 'run_rubric', 'run_judge', 'run_score', 'run_export', 'run_cassette',
-           'run_doctor', 'grid_parser', 'run_grid_command', 'run_tiny', 'usage', 'dispatch', 'main']
+           'run_command', 'run_demo', 'run_rubric', 'run_judge', 'run_freeze', 'run_score', 'run_export',
+           'run_cassette', 'run_doctor', 'grid_parser', 'run_grid_command', 'run_tiny', 'usage', 'dispatch', 'main']
 
 # %% ../nbs/api/11_cli.ipynb #c0ac3bc4
 import argparse,os,sys,tempfile
@@ -27,6 +27,7 @@ NOTEBOOKS = {
 # %% ../nbs/api/11_cli.ipynb #14e53183
 OTHERS = {
     'grid': 'models x arms x seeds: hmx-feel grid plan|run|status|retry FILE',
+    'freeze': 'fix the plan of a comparison before its runs: plan.yaml in the folder of runs',
     'demo': 'the main job on the embedded model: train forward and reverse, compare, one figure',
     'judge': 'the same as calibrate: hmx-feel judge calibrate',
     'rubric': 'check a rubric file: hmx-feel rubric check FILE',
@@ -140,7 +141,7 @@ def check_calibrate(config)->None:
 def check_compare(config)->None:
     "At least one evaluated run, and a place for the tables"
     check_writable(compare_folder(config))
-    if not find_runs(config.root, config.model): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
+    if not any(find_runs(config.root, m) for m in runs.split_list(config.model)): raise UserError(f"no finished run of {config.model} under {config.root}; train one with hmx-feel train")
 
 # %% ../nbs/api/11_cli.ipynb #2d667861
 CHECKS = dict(train=check_train, evaluate=check_evaluate, calibrate=check_calibrate, compare=check_compare, figures=check_compare)
@@ -197,6 +198,23 @@ def run_judge(argv:list)->int:
     if argv[:1] in (['-h'],['--help']): argv = ['calibrate', *argv]
     if argv[:1]!=['calibrate']: raise UserError(f"judge: found {argv[0] if argv else 'nothing'!r}, allowed: calibrate")
     return run_command('calibrate', argv[1:])
+
+# %% ../nbs/api/11_cli.ipynb #c2a61daf
+def run_freeze(argv:list)->int:
+    "Fix the plan before the runs"
+    from hmx_feel.verdict import freeze_for,frozen_plan,load_plan
+    parser = _Parser(prog='hmx-feel freeze', description=OTHERS['freeze'])
+    parser.add_argument('--panel', default='tiny', help='panels of the evaluation, comma-separated (default: tiny)')
+    parser.add_argument('--plan', default='', help="a shipped plan or a file (default: the shipped one that fits the panels)")
+    parser.add_argument('--prompts', default='hmx-feel', help='prompts of the training (default: hmx-feel)')
+    parser.add_argument('--runs', default='', help='folder of all runs (default: $HMX_RUNS, else runs/)')
+    parser.add_argument('--replace', action='store_true', help='write over a frozen plan; its hash is kept')
+    given = _parse(parser, argv); config = runs.CompareConfig(plan=given['plan'], runs=given['runs'])
+    if (there := frozen_plan(config.root)) and not given['replace']: raise UserError(f"{there}: found a plan frozen on {load_plan(there).frozen.get('on')}, allowed: none; give --replace to fix another one")
+    check_writable(config.root)
+    path = freeze_for(config, runs.split_list(given['panel']), given['prompts'], given['replace'])
+    print(f"{path}: plan {load_plan(path).name} {load_plan(path).hash}")
+    return 0
 
 # %% ../nbs/api/11_cli.ipynb #d7d66b58
 def run_score(argv:list)->int:
@@ -322,7 +340,7 @@ def dispatch(argv:list)->int: # Exit code
     if argv[0]=='--version': print(f"hmx-feel {hmx_feel.__version__}"); return 0
     command,rest = argv[0],list(argv[1:])
     if command in NOTEBOOKS: return run_command(command, rest)
-    other = dict(grid=run_grid_command, demo=run_demo, judge=run_judge, rubric=run_rubric, score=run_score, export=run_export, cassette=run_cassette, doctor=run_doctor, tiny=run_tiny).get(command)
+    other = dict(grid=run_grid_command, freeze=run_freeze, demo=run_demo, judge=run_judge, rubric=run_rubric, score=run_score, export=run_export, cassette=run_cassette, doctor=run_doctor, tiny=run_tiny).get(command)
     if other: return other(rest)
     names = [*NOTEBOOKS, *OTHERS]
     raise UserError(f"unknown command {command!r}{nearest(command, names)}; there are {', '.join(names)}")

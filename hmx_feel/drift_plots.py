@@ -169,14 +169,14 @@ def _arm_panel(ax, table, x, column, words, own, named):
 STANCE_LOOKS = dict(claim='#D55E00', open='#F0C75E', silent='#E4E4E4', deny='#0072B2')
 
 def stance_shares(runs, # A run or a list of runs, or their `drift_table`s
-                  title:str="", # The claim
+                  title:str="", # The claim; empty: how many claim at the last look
                  )->tuple: # Figure; table: arm, seed, step, claim, open, silent, deny
     "Shares of answers that claim, leave open, are silent or deny, over training"
     table = _placed(runs, 'step'); columns = {f'stance.{s}': s for s in STANCE_LOOKS}
     if lost := [c for c in columns if c not in table]: raise UserError(f"the looks have no column {lost[0]}")
     table = table.dropna(subset=list(columns))[['arm','seed','step',*columns]].rename(columns=columns)
-    arms = arm_order(table.arm)
-    fig,axes = _start(max(3.4, 1.75*len(arms)+.9), 2.2, title, "share of the answers to the probe set, told by patterns", ncols=len(arms), sharey=True, squeeze=False)
+    arms = arm_order(table.arm); last = {a: _over_seeds(table[table.arm==a]).iloc[-1].claim for a in arms}
+    fig,axes = _start(max(3.4, 1.75*len(arms)+.9), 2.2, title or "Answers that claim an inner life: "+', '.join(f'{a} {v:.0%}' for a,v in last.items()), "share of the answers to the probe set, told by patterns", ncols=len(arms), sharey=True, squeeze=False)
     for ax,arm in zip(axes[0], arms, strict=True): _stack(ax, _over_seeds(table[table.arm==arm]), arm if len(arms)>1 else '')
     axes[0,0].set_ylabel('share of answers')
     last,ends = _over_seeds(table[table.arm==arms[-1]]).iloc[-1],0.

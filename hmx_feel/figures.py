@@ -6,14 +6,16 @@
 from __future__ import annotations
 import matplotlib as mpl, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from .plots import INK, SOFT, _dark, _legend, _row_grid, _start, arm_look, arm_order, spread
-from .report import PAPER, claim, paper_count, signed
-from .runs import UserError
+from .exam import agreement, plain_rows
+from .expression import judge_agreement
+from .plots import INK, SOFT, _dark, _legend, _row_grid, _start, agreement_map, arm_look, arm_order, judge_exam, spread
+from .report import PAPER, claim, paper_cells, paper_count, signed
+from .runs import UserError, read_parquet
 from .verdict import ALL, Comparison, better_side
 
 # %% auto #0
-__all__ = ['MARKS', 'verdict_map', 'verdict_forest', 'seeds_against_items', 'paper_counts', 'paper_figure', 'plane', 'conditions',
-           'calibration']
+__all__ = ['MARKS', 'verdict_map', 'verdict_forest', 'seeds_against_items', 'paper_counts', 'paper_figure', 'plane',
+           'measured_pairs', 'conditions', 'judge_figure', 'judges_figure', 'calibration']
 
 # %% ../nbs/api/08b_figures.ipynb #3d82fd7d
 MARKS = {"enhanced": "▲", "degraded": "▼", "unchanged": "=", "unresolved": "?", "": ""}
@@ -158,11 +160,8 @@ def seeds_against_items(found:Comparison, # A comparison
 def paper_counts(found:Comparison, # A comparison
                 )->pd.DataFrame: # One row an arm, `arm` and what `paper_count` says; empty where no result has a standard error
     "The paper's count for every arm less base"
-    rows, table = found.best, []
-    for arm in arm_order(rows.a[(rows.b == "base") & (rows.model != ALL)]):
-        part = rows[(rows.a == arm) & (rows.b == "base") & rows.role.isin(["confirmatory", "exploratory"]) & (rows.model != ALL)]
-        table.append(dict(arm=arm) | paper_count(part))
-    table = pd.DataFrame(table, columns=None if table else ["arm", "cells"])
+    arms = arm_order(found.contrasts.a[(found.contrasts.b == "base") & (found.contrasts.model != ALL)])
+    table = pd.DataFrame([dict(arm=a) | paper_count(paper_cells(found, a)) for a in arms], columns=None if arms else ["arm", "cells"])
     return table[table.cells > 0].reset_index(drop=True)
 
 def paper_figure(found:Comparison, # A comparison
@@ -190,13 +189,13 @@ def paper_figure(found:Comparison, # A comparison
 def plane(found:Comparison, # A comparison
           pairs:list, # (x, y) or (x, y, words) for each panel; x and y are names of endpoints
           model:str="", # Model; empty: the first
-          title:str="", # The claim
+          title:str="", # The claim; empty: which arms are known to have moved, and where
          )->tuple: # Figure; table of what was drawn
     "Arms in the plane of two endpoints, as moves away from base"
     model, rows = model or found.models[0], found.best
     rows = rows[(rows.model == model) & (rows.b == "base") & rows.estimate.notna()]
     if lost := [n for p in pairs for n in p[:2] if n not in set(rows.endpoint)]: raise UserError(f"{model}: {lost[0]!r} was not measured; there are {', '.join(rows.endpoint.unique()[:8])}")
-    fig, axes = _start(3.4 * len(pairs) + .5, 3.3, title or "Where each arm moved", f"{model}; from base (circle) to each arm, with the {100 * (1 - found.alpha):g} % interval of the difference", ncols=len(pairs), squeeze=False)
+    fig, axes = _start(3.4 * len(pairs) + .5, 3.3, title or _moves(rows[rows.endpoint.isin([n for p in pairs for n in p[:2]])]), f"{model}; from base (circle) to each arm, with the {100 * (1 - found.alpha):g} % interval of the difference", ncols=len(pairs), squeeze=False)
     parts = []
     for ax, (x, y, *words) in zip(axes[0], pairs, strict=True):
         wide = {n: rows[rows.endpoint == n].groupby("a")[["estimate", "low", "high", "value_a", "value_b"]].mean() for n in (x, y)}
@@ -213,6 +212,13 @@ def plane(found:Comparison, # A comparison
     _legend(fig, [("base", *arm_look("base")), *((a, *arm_look(a)) for a in arm_order(drawn.arm))])
     return fig, drawn
 
+def _moves(rows):
+    "Which arms are known to have moved from base, in words"
+    found = rows.assign(sure=(rows.low > 0) | (rows.high < 0)).groupby(["a", "endpoint"], sort=False).agg(sure=("sure", "all"), estimate=("estimate", "mean"))
+    sure = found.estimate[found.sure]
+    if sure.empty: return "No arm is known to have moved from base"
+    return "; ".join(f"{arm}: " + ", ".join(f"{e} {signed(x, 2)}" for (_, e), x in part.items()) for arm, part in sure.groupby(level=0, sort=False))
+
 def _move(ax, arm, start, x, y):
     colour, marker = arm_look(arm)
     at = [start[0] + x.estimate, start[1] + y.estimate]
@@ -221,21 +227,28 @@ def _move(ax, arm, start, x, y):
     ax.plot([at[0]] * 2, [start[1] + y.low, start[1] + y.high], color=colour, lw=1.1, alpha=.55, zorder=3)
     ax.plot(*at, marker, color=colour, ms=7, mec="white", mew=.7, zorder=5)
 
+# %% ../nbs/api/08b_figures.ipynb #bfa18123
+def measured_pairs(found:Comparison, pairs:list, model:str)->list: # Those of the pairs
+    "Pairs of endpoints of which both were measured"
+    rows = found.best
+    have = set(rows.endpoint[(rows.model == model) & (rows.b == "base") & rows.estimate.notna()])
+    return [p for p in pairs if {*p[:2]} <= have]
+
 # %% ../nbs/api/08b_figures.ipynb #0128299d
 def conditions(found:Comparison, # A comparison
                task:str, # Task
                metrics:dict, # Metric -> words for it, in the order to be drawn
                model:str="", # Model; empty: the first
-               title:str="", # The claim
+               title:str="", # The claim; empty: how far each arm goes from the first metric to the last
                label:str="mean", # Words for the axis
-              )->tuple: # Figure; table: arm, metric, mean, least and most over seeds, se, seeds
+              )->tuple: # Figure; table: arm, metric, mean, least and most over seeds, se, seeds, run_ids
     "Means of several metrics of a task, arm by arm"
     model, s = model or found.models[0], found.summary
     s = s[(s.model == model) & (s.task == task) & s.metric.isin(metrics)]
     if s.empty: raise UserError(f"{model}: {task} has none of {', '.join(metrics)}")
-    table = s.groupby(["arm", "metric"]).agg(mean=("mean", "mean"), least=("mean", "min"), most=("mean", "max"), se=("se", "mean"), seeds=("mean", "size")).reset_index()
+    table = s.groupby(["arm", "metric"]).agg(mean=("mean", "mean"), least=("mean", "min"), most=("mean", "max"), se=("se", "mean"), seeds=("mean", "size"), run_ids=("run_id", " ".join)).reset_index()
     here = [m for m in metrics if m in set(table.metric)]
-    fig, ax = _start(max(4.6, 1.25 * len(here) + 1.6), 2.9, title or f"{task}, arm by arm", f"{model}; mean over seeds, bar: from the least to the greatest seed (one run: ±1 standard error)")
+    fig, ax = _start(max(4.6, 1.25 * len(here) + 1.6), 2.9, title or _from_first_to_last(table, here, metrics), f"{model}; mean over seeds, bar: from the least to the greatest seed (one run: ±1 standard error)")
     x, ends = np.arange(len(here)), []
     arms = arm_order(table.arm)
     for k, arm in enumerate(arms):
@@ -251,6 +264,31 @@ def conditions(found:Comparison, # A comparison
     for (_, arm, colour), place in zip(ends, spread([e[0] for e in ends], .055 * (high - low)), strict=True):
         ax.annotate(arm, (len(here) - 1 + .2, place), fontsize=8, color=_dark(colour), va="center", annotation_clip=False)
     return fig, table
+
+def _from_first_to_last(table, here, words):
+    "How each arm's mean changes from the first metric to the last"
+    wide = table.pivot(index="arm", columns="metric", values="mean")
+    change = wide[here[-1]] - wide[here[0]]
+    return f"From {words[here[0]]} to {words[here[-1]]}: " + ", ".join(f"{a} {signed(change[a], 2)}" for a in arm_order(change.dropna().index))
+
+# %% ../nbs/api/08b_figures.ipynb #63389a3c
+def judge_figure(run, # A finished calibration
+                 title:str="", # The claim; empty: its sentence
+                )->tuple: # Figure; table of what was drawn
+    "The exam of a judge, from its folder"
+    result = run.read_json("calibration.json")
+    return judge_exam(agreement(plain_rows(read_parquet(run / "scores.parquet"), result["layout"])), title or result["sentence"])
+
+def judges_figure(found:Comparison, # A comparison
+                  model:str="", # Model; empty: the first
+                  title:str="", # The claim
+                 )->tuple|None: # Figure; table of what was drawn. Nothing where one judge alone has read the answers
+    "How far the judges of the panel see the same in the answers of all runs"
+    model = model or found.models[0]
+    deep = found.summary.task[(found.summary.model == model) & found.summary.metric.eq("expression")].unique()
+    tables = [judge_agreement(run) for t in deep for rows in found.rows_of(model=model, task=t).values() for _, run in rows.groupby("run_id")]
+    tables = [t for t in tables if len(t)]
+    return agreement_map(pd.concat(tables, ignore_index=True), title) if tables else None
 
 # %% ../nbs/api/08b_figures.ipynb #71f2bc32
 def calibration(table:pd.DataFrame, # name, value, low, high, nominal, group: rates with the interval of the simulation

@@ -15,8 +15,8 @@ from .stats import smoothed, summary
 # %% auto #0
 __all__ = ['INK', 'SOFT', 'GRID', 'ARMS', 'SPARE', 'TITLES', 'PANEL', 'INFLUENCES', 'use_style', 'arm_look', 'arm_order',
            'save_figure', 'spread', 'reward_curves', 'criteria_in', 'by_dimension', 'criterion_curves', 'forest',
-           'rubric_by_arm', 'kind_by_arm', 'judge_exam', 'judge_types', 'judge_sensitivity', 'headroom_map',
-           'escape_html', 'escape_markdown', 'Table', 'samples_table']
+           'rubric_by_arm', 'kind_by_arm', 'judge_exam', 'judge_types', 'agreement_map', 'judge_sensitivity',
+           'headroom_map', 'escape_html', 'escape_markdown', 'Table', 'samples_table']
 
 # %% ../nbs/api/08_plots.ipynb #79e610ee
 INK, SOFT, GRID = "#222222", "#6B6B6B", "#E4E4E4"   # text, secondary text, grid lines
@@ -301,6 +301,10 @@ def _with_arm(rows, task=None):
     if rows.task.nunique() > 1: raise UserError(f"rows of several tasks: {', '.join(sorted(rows.task.unique()))}; choose one with task=")
     return rows
 
+def _with_run(table, rows):
+    "The table with the run that each arm's marks come from"
+    return table.assign(run_id=table.arm.map(rows.groupby("arm").run_id.first()))
+
 def _dots(ax, table, row_of, order, arms, own, gap=.72, named=False):
     "Dots with intervals, one row per name in `order`, arms side by side within a row; `named` writes the arms into the first row"
     offsets = (np.arange(len(arms)) - (len(arms) - 1) / 2) * gap / max(len(arms), 2)
@@ -322,10 +326,10 @@ def rubric_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
                   total:str="rubric", # Metric that is the whole rubric's score
                   task:str|None=None, # Task, if the rows hold several
                   own:dict|None=None, # Looks of your own arms
-                 )->tuple: # Figure; table: arm, metric, mean, se, low, high, n_items, n_clusters, missing
+                 )->tuple: # Figure; table: arm, metric, mean, se, low, high, n_items, n_clusters, missing, run_id
     "Rubric score of each arm, whole and per criterion, with intervals"
     rows = _with_arm(rows, task)
-    table = summary(rows, by=("arm", "metric"))
+    table = _with_run(summary(rows, by=("arm", "metric")), rows)
     if total not in set(table.metric): raise UserError(f"no metric {total} in the rows; there are {', '.join(sorted(set(table.metric))[:8])}")
     arms, ids = arm_order(table.arm), [c for d in by_dimension(c for c in dict.fromkeys(rows.metric) if "." in c and not c.startswith("veto.")).values() for c in d]
     inches = [.26 * len(arms) + .1, max(.28, .09 * len(arms) + .08) * len(ids)]
@@ -366,12 +370,12 @@ def kind_by_arm(rows, # Item rows with an `arm` column, or arm -> item rows
                 task:str|None=None, # Task, if the rows hold several
                 order:list|None=None, # Kinds in the order to be drawn; None = as they come
                 own:dict|None=None, # Looks of your own arms
-               )->tuple: # Figure; table: arm, kind, mean, se, low, high, n_items, n_clusters, missing
+               )->tuple: # Figure; table: arm, kind, mean, se, low, high, n_items, n_clusters, missing, run_id
     "Expression by prompt kind and arm, with intervals"
     rows = _with_arm(rows, task)
     rows = rows[rows.metric == metric]
     if rows.empty: raise UserError(f"no rows of metric {metric}")
-    table = summary(rows, by=("arm", kind)).rename(columns={kind: "kind"})
+    table = _with_run(summary(rows, by=("arm", kind)).rename(columns={kind: "kind"}), rows)
     order, arms = order or list(dict.fromkeys(rows[kind])), arm_order(rows.arm)
     fig, ax = _start(6.2, max(.5, .17 * len(arms) + .12) * len(order) + .6, title, "mean with 95 % interval of each arm alone, over clusters of prompts")
     _dots(ax, table, "kind", order, arms, own, named=True)
@@ -416,6 +420,25 @@ def judge_types(table:pd.DataFrame, # From `exam.by_type`
     ax.plot(table.value, y, "o", color="#0072B2", ms=6.5, mec="white", mew=.6, zorder=4, label="given")
     ax.set(yticks=y, yticklabels=names, ylim=(len(table) - .5, -.5), xlim=(-.03, 1.03), xlabel="score")
     _row_grid(ax); fig.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5, handletextpad=.2)
+    return fig, table
+
+# %% ../nbs/api/08_plots.ipynb #b72ca8d1
+def agreement_map(table:pd.DataFrame, # From `expression.judge_agreement`: a, b, spearman, answers; of several runs
+                  title:str="", # The claim; empty: the pair that agrees least
+                 )->tuple: # Figure; the table, mean over runs
+    "Rank correlation of every two judges over the same answers"
+    if table.empty: raise UserError("no two judges have read the same answers")
+    table = table.groupby(["a", "b"], as_index=False).agg(spearman=("spearman", "mean"), difference=("difference", "mean"), answers=("answers", "sum"), runs=("spearman", "size"))
+    name = lambda j: "paid" if j == "expression" else j.removesuffix(".expression")
+    judges = sorted({*table.a, *table.b}, key=lambda j: (j != "expression", j)); n = len(judges)
+    grid = np.full((n, n), np.nan)
+    for r in table.itertuples(): grid[judges.index(r.a), judges.index(r.b)] = grid[judges.index(r.b), judges.index(r.a)] = r.spearman
+    least = table.iloc[table.spearman.fillna(-2).argmin()]
+    fig, ax = _start(1.9 + .75 * n, .6 * n + .7, title or f"The judges that agree least, {name(least.a)} and {name(least.b)}: {least.spearman:.2f}", f"Spearman correlation over {table.answers.min()} answers or more; paid: the judge that paid")
+    ax.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1)
+    for y, x in np.argwhere(np.isfinite(grid)): ax.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=8, color="white" if grid[y, x] < .55 else INK)
+    ax.set(xticks=range(n), yticks=range(n), xticklabels=[name(j) for j in judges], yticklabels=[name(j) for j in judges])
+    ax.grid(False)
     return fig, table
 
 # %% ../nbs/api/08_plots.ipynb #e31a3ef9

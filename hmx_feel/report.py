@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats as sps
 from .drift import run_onset
-from .runs import UNSEEDED, UserError, find_runs, nearest
+from .expression import length_adjusted
+from .runs import MODELS, UNSEEDED, UserError, find_runs, nearest, read_parquet
 from .stats import HEADLINE, detectable, generator, reach_unchanged
-from .verdict import ALL, Comparison, Plan, Term, better_side, load_plan, of_condition, run_name
+from .verdict import ALL, Comparison, Plan, Term, best_level, better_side, done_tasks, evals_at, load_plan, of_condition, run_name, verdict_table
 
 # %% auto #0
 __all__ = ['PAPER', 'CLAIMS', 'Sentences', 'signed', 'sentences', 'claim', 'lines', 'plan_line', 'headline', 'distrust',
-           'items_behind', 'nothing', 'robustness', 'missingness', 'paper_count', 'side_by_side', 'plan']
+           'items_behind', 'nothing', 'robustness', 'missingness', 'paper_count', 'side_by_side', 'paper_cells',
+           'self_check', 'plan', 'needed']
 
 # %% ../nbs/api/07b_report.ipynb #196ffc96
 class Sentences(str):
@@ -49,11 +51,15 @@ def sentences(found:Comparison, # A comparison
     "What moved, what did not, and what cannot be told"
     rows, note = found.best[found.best.role.isin(["confirmatory"])], ""
     judged_rows = rows[(rows["rank"] != "description") & (rows.took != "no")]
-    untaken = [f"{m}: {a}" for m, a in found.gate[found.gate.took == "no"][["model", "arm"]].itertuples(index=False) if a in set(rows.a[rows["rank"] != "description"])]
-    if rows[rows["rank"] != "description"].empty: judged_rows, note = rows, "Only the untrained model is there to compare with, so these are descriptions and no verdicts."
+    treated = found.gate[found.gate.arm.isin(rows.a[rows["rank"] != "description"])]
+    which = lambda part: ", ".join(f"{r.model}: {r.arm}" for r in part.itertuples())
+    untaken, unseen = treated[treated.took == "no"], treated[(treated.took != "no") & ~treated.outside.astype(bool)]
+    if rows[rows["rank"] != "description"].empty: judged_rows, note = rows, "No planned contrast can be computed, so these are descriptions and no verdicts."
     if ALL in set(judged_rows.model): judged_rows = judged_rows[judged_rows.model == ALL]
     out, models = [], judged_rows.model.nunique()
-    if untaken: out.append(f"**The treatment did not take** ({', '.join(untaken)}): outside measures saw no change, so there is no verdict on its effects.")
+    if len(untaken): out.append(f"**The treatment did not take** ({which(untaken)}): expression did not move where it was meant to, so there is no verdict on its effects.")
+    if len(unseen): out.append(f"**The manipulation was not measured by outside judges** ({which(unseen)}): " +
+                               ("the judge that paid saw it alone." if (unseen.took == "yes").all() else "there is no verdict about the training."))
     for name, changes in {"What moved": ["up", "down"], "What did not": ["none"], "What cannot be told": ["open"]}.items():
         part = judged_rows[judged_rows.change.isin(changes)]
         more = f"; and {len(part) - most} more in the table" if len(part) > most else ""
@@ -99,7 +105,7 @@ def headline(found:Comparison, # A comparison
 
 # %% ../nbs/api/07b_report.ipynb #08b40826
 def distrust(found:Comparison, # A comparison
-             lost:float=.05, # Missing share from which a run is named
+             lost:float=.05, # Missing or unrecognised share from which a run is named
              longer:float=.2, # Relative change of answer length from which an arm is named
             )->list: # Lines; empty if nothing was found
     "What to distrust in a comparison"
@@ -108,6 +114,7 @@ def distrust(found:Comparison, # A comparison
         if r.took == "not measured": out.append(f"{r.model}: whether {r.arm} took was not measured")
         elif not r.outside and r.took == "yes": out.append(f"{r.model}: that {r.arm} took was seen by the judge that paid alone ({r.measure})")
     s = found.summary
+    for (model, arm, task), share in s[s.unparsed > lost].groupby(["model", "arm", "task"]).unparsed.max().items(): out.append(f"{model}: nothing was recognised in {share:.0%} of the answers of {arm} on {task}")
     for r in s[s.missing > lost].groupby(["model", "arm", "task"]).missing.max().items(): out.append("{0}: {1} lost {2:.0%} of its values on {3}".format(r[0][0], r[0][1], r[1], r[0][2]))
     c = found.best
     gap = c[((c.missing_a - c.missing_b).abs() > lost) & c.role.eq("confirmatory")]
@@ -145,14 +152,15 @@ def items_behind(found:Comparison, # A comparison
                  n:int=10, # Items of each sort
                  model:str="", # Model; empty: the first
                 )->pd.DataFrame: # shown (most different, random), item_id, condition, seeds, a, b, diff, said_a, said_b
-    "Items on which two arms differ most, and items at random"
+    "Items on which two arms differ most in what they add to an endpoint, and items at random"
     rows = found.contrasts[(found.contrasts.contrast == contrast) & (found.contrasts.endpoint == endpoint)]
     if rows.empty: raise UserError(f"found no {endpoint!r} of {contrast!r}{nearest(endpoint, found.contrasts.endpoint.unique())}")
     model, row = model or found.models[0], rows.iloc[0]
     e = next((e for e in (*found.plan.endpoints, *found.plan.exploratory, *found.plan.gate) if e.name == endpoint), None)
     terms = list(e.parts.values()) if e else [Term(metric=row.metric, task=row.task)]
-    sides = {arm: _said(found, model, arm, terms) for arm in (row.a, row.b)}
-    both = sides[row.a].join(sides[row.b], lsuffix="_a", rsuffix="_b", how="inner").reset_index()
+    slopes = _slopes(found, model, (row.a, row.b), e, terms)
+    sides = {arm: _said(found, model, arm, terms, slopes) for arm in (row.a, row.b)}
+    both = sides[row.a].merge(sides[row.b], left_index=True, right_index=True, suffixes=("_a", "_b")).reset_index()
     both = both.assign(diff=both.value_a - both.value_b).dropna(subset=["diff"])
     most = both.iloc[np.argsort(-both["diff"].abs().to_numpy(), kind="stable")[:n]]
     rest = both.drop(most.index)
@@ -160,15 +168,23 @@ def items_behind(found:Comparison, # A comparison
     out = pd.concat([most.assign(shown="most different"), rest.iloc[sorted(drawn)].assign(shown="random")], ignore_index=True)
     return out.rename(columns=dict(value_a="a", value_b="b", raw_a="said_a", raw_b="said_b"))[["shown", "item_id", "condition", "a", "b", "diff", "said_a", "said_b"]]
 
-def _said(found, model, arm, terms):
-    "Mean value of each item over seeds, and the first thing said"
-    rows = found.rows_of(model=model).get(arm)
-    if rows is None: raise UserError(f"{model}: no rows of {arm}")
-    parts = []
-    for t in terms:
-        here = rows[(rows.task == t.task) & (rows.metric == t.metric) & ~rows.missing.astype(bool)].reset_index(drop=True)
-        parts.append(here[of_condition(here, t.condition, "", frozenset())])
-    return pd.concat(parts).groupby(["item_id", "condition"], sort=True).agg(value=("value", "mean"), raw=("raw", "first"))
+def _slopes(found, model, arms, endpoint, terms):
+    "How much the endpoint moves with an item's value on each term: 1 for a mean, the derivative at both arms' means for a formula"
+    if not endpoint or endpoint.arithmetic.linear: return [1.] * len(terms)
+    means = [np.mean([_term_rows(found, model, arm, t).value.mean() for arm in arms]) for t in terms]
+    return list(endpoint.arithmetic.slopes(np.array(means)))
+
+def _term_rows(found, model, arm, term):
+    rows = found.rows_of(model=model, task=term.task, arm=arm).get(arm)
+    if rows is None: raise UserError(f"{model}: no rows of {arm} on {term.task}")
+    here = rows[(rows.metric == term.metric) & ~rows.missing.astype(bool)].reset_index(drop=True)
+    return here[of_condition(here, term.condition, "", frozenset())]
+
+def _said(found, model, arm, terms, slopes):
+    "What each item adds to the endpoint, mean over seeds, and the first thing said"
+    parts = [_term_rows(found, model, arm, t).groupby(["item_id", "condition"], sort=True).agg(value=("value", "mean"), raw=("raw", "first")) for t in terms]
+    parts = pd.concat([p.assign(value=p.value * k) for p, k in zip(parts, slopes, strict=True)])
+    return parts.groupby(level=[0, 1], sort=True).agg(value=("value", lambda v: v.sum(min_count=1)), raw=("raw", "first"))
 
 # %% ../nbs/api/07b_report.ipynb #dca1cfea
 def nothing(found:Comparison)->pd.DataFrame: # model, endpoint, level, seed, estimate, low, high, n_seeds; of placebo - base
@@ -185,7 +201,27 @@ def robustness(found:Comparison)->pd.DataFrame: # model, contrast, endpoint, var
             name = f"{r.test}" if r.level == "training" else f"seed {r.seed} alone ({r.test})"
             out.append(dict(model=model, contrast=contrast, endpoint=endpoint, variation=name, estimate=r.estimate, p=r.p))
             if r.level == "training" and np.isfinite(r.p_welch): out.append(dict(model=model, contrast=contrast, endpoint=endpoint, variation="seeds not pooled (Welch)", estimate=r.estimate, p=r.p_welch))
-    return pd.DataFrame(out, columns=["model", "contrast", "endpoint", "variation", "estimate", "p"])
+        varied = found.best[(found.best.model == model) & (found.best.contrast == contrast) & found.best.endpoint.str.startswith(f"{endpoint}, asked as ") & found.best.estimate.notna()]
+        out += [dict(model=model, contrast=contrast, endpoint=endpoint, variation=r.endpoint.removeprefix(f"{endpoint}, ") + ("" if r.level == "training" else f", seed {r.seed}"), estimate=r.estimate, p=r.p) for r in varied.itertuples()]
+    return pd.DataFrame([*out, *_at_equal_length(found)], columns=["model", "contrast", "endpoint", "variation", "estimate", "p"])
+
+def _at_equal_length(found):
+    "Expression at equal length of the answers, for the planned contrasts, where the panel measured it in depth; a mean over seeds, without a test"
+    out = []
+    for model in found.models:
+        metrics = found.summary[found.summary.model == model].groupby("task").metric.agg(set)
+        deep = metrics.index[[{"expression", "words"} <= m for m in metrics]]
+        planned = found.contrasts[(found.contrasts.model == model) & (found.contrasts["rank"] != "description")][["contrast", "a", "b"]].drop_duplicates()
+        for task in deep:
+            rows = found.rows_of(model=model, task=task)
+            for c in planned.itertuples():
+                if not {c.a, c.b} <= set(rows): continue
+                seeds = sorted({*rows[c.a].seed} | {*rows[c.b].seed})
+                of = lambda arm, s, rows=rows: rows[arm] if rows[arm].seed.nunique() == 1 else rows[arm][rows[arm].seed == s]
+                each = [length_adjusted(of(c.a, s), of(c.b, s)) for s in seeds if len(of(c.a, s)) and len(of(c.b, s))]
+                for k, words in dict(difference="as it is", adjusted="adjusted for length", matched="answers of equal length").items():
+                    out.append(dict(model=model, contrast=c.contrast, endpoint=f"{task} expression", variation=words, estimate=float(np.mean([e[k] for e in each])), p=np.nan))
+    return out
 
 def missingness(found:Comparison)->pd.DataFrame: # model, task, and the missing share of each arm, averaged over seeds and metrics
     "What share of values each arm lost"
@@ -193,7 +229,7 @@ def missingness(found:Comparison)->pd.DataFrame: # model, task, and the missing 
     return wide[[a for a in dict.fromkeys(found.summary.arm)]].reset_index().rename_axis(columns=None)
 
 # %% ../nbs/api/07b_report.ipynb #cae3f8e9
-PAPER = dict(share=.814, loss=.150, cutoff=.02, models=5)   # the two figures known, the cut-off of the first, and the number of models
+PAPER = dict(share=.814, loss=.150, cutoff=.02, models=5, loser="google/gemma-2-2b-it")   # the two figures known, the cut-off of the first, the number of models, and the model of the second
 CLAIMS = [("sturdier against sycophancy", "sycophancy", "enhanced"), ("less bias in disambiguated BBQ", "bias", "enhanced"),
           ("worse truthful QA", "truth", "degraded"), ("little effect on performance", "performance", "unchanged")]
 
@@ -256,13 +292,16 @@ def _claims(found, arm):
                             placebo=_line(next(mine.itertuples())) if len(mine) else "no placebo", verdict=verdict))
     return out
 
-def _cells(best, arm): return best[(best.a == arm) & (best.b == "base") & best.role.isin(["confirmatory", "exploratory"]) & (best.model != ALL)]
+def paper_cells(found:Comparison, arm:str)->pd.DataFrame: # One row per model and endpoint
+    "An arm less base on everything that has a better side"
+    best = best_level(found.contrasts, 2)   # a count needs no verdicts: two seeds are one row
+    return best[(best.a == arm) & (best.b == "base") & best.role.isin(["confirmatory", "exploratory"]) & (best.model != ALL)]
 
 def _figures(found, arm):
     "The paper's two figures"
     out, per = [], lambda c: f"{100 * c['ours']:.1f} % [{100 * c['low']:.1f}, {100 * c['high']:.1f}] of {c['cells']}"
     for relative in (False, True):
-        ours, zero = (paper_count(_cells(found.best, a), relative) for a in (arm, "placebo"))
+        ours, zero = (paper_count(paper_cells(found, a), relative) for a in (arm, "placebo"))
         out.append(dict(claim=f"improved or lost less than 2 % ({'relative' if relative else 'points'})", paper=f"{100 * PAPER['share']:.1f} %", measured_as=f"{arm} − base, all models and measures",
                         ours=per(ours) if ours["cells"] else "", no_effect=f"{100 * ours['null']:.1f} % [{100 * ours['null_low']:.1f}, {100 * ours['null_high']:.1f}]" if ours["cells"] else "",
                         placebo=per(zero) if zero["cells"] else "no placebo", verdict=_compare_number(PAPER["share"], ours["low"], ours["high"], ours["null_low"], ours["null_high"])))
@@ -270,7 +309,7 @@ def _figures(found, arm):
 
 def _loss(found, arm):
     "The one loss above 10 %: Gemma-2-2B-it on ambiguous BBQ"
-    rows = found.best[(found.best.claim == "ambiguous") & (found.best.a == arm) & (found.best.b == "base") & found.best.model.str.contains("gemma") & found.best.estimate.notna()]
+    rows = found.best[(found.best.claim == "ambiguous") & (found.best.a == arm) & (found.best.b == "base") & (found.best.model.map(lambda m: MODELS.get(m, m)) == PAPER["loser"]) & found.best.estimate.notna()]
     base = dict(claim="one loss above 10 %: Gemma 2 2B, BBQ ambiguous accuracy", paper=f"{100 * PAPER['loss']:.1f} (points or relative: unknown)")
     if rows.empty: return [dict(base, measured_as="not measured", ours="", no_effect="", placebo="", verdict="cannot tell")]
     out = []
@@ -281,6 +320,29 @@ def _loss(found, arm):
             out.append(dict(base, measured_as=f"{r.model}: {r.contrast.replace(' - ', ' − ')} ({'relative' if relative else 'points'}, {r.level})", ours=f"{-100 * r.estimate / unit:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                             no_effect=f"0 ± {100 * null:.1f}", placebo="", verdict=_compare_number(PAPER["loss"], low, high, -null, null)))
     return out
+
+# %% ../nbs/api/07b_report.ipynb #d20ac002
+def self_check(found:Comparison)->pd.DataFrame: # check, compared, worst, passed
+    "Whether the tables agree with the item rows, and the runs with each other"
+    ours, theirs, sizes, texts = [], [], {}, {}
+    shown = {(r.model, r.arm, -1 if pd.isna(r.seed) else int(r.seed), r.task, r.metric): r.mean for r in found.summary[["model", "arm", "seed", "task", "metric", "mean"]].itertuples()}
+    known = {k[:4] for k in shown}
+    for model, arm, run in [(m, a, r) for m, arms in found.runs.items() for a, rs in arms.items() for r in rs]:
+        for task, note in done_tasks(run, found.plan.readout).items():
+            key = (model, arm, -1 if arm in UNSEEDED else run.seed, task)
+            if key not in known: continue    # it could not be read, and stands among the skipped
+            rows = read_parquet(run / evals_at(run, found.plan.readout) / f"{task}.parquet")
+            kept = rows[~rows.missing.astype(bool)]
+            items = kept.groupby(["metric", "item_id", "condition", "order"]).value.mean()
+            ours += [abs(shown[(*key, m)] - x) for m, x in items.groupby(level=0).mean().items()]
+            means = rows.groupby(["metric", "condition"]).value.mean()
+            theirs += [abs(x - note["means"][m][c or "all"]) for (m, c), x in means.items() if m in note.get("means", {})]
+            one = rows.drop_duplicates(["metric", "item_id", "condition", "order"])
+            sizes.setdefault((model, task), set()).add(len(one))
+            texts.setdefault((model, task), set()).add(int(pd.util.hash_pandas_object(one[["metric", "item_id", "condition", "order", "prompt_sha"]].astype(str), index=False).sum()))
+    row = lambda check, off, tolerance: dict(check=check, compared=len(off), worst=float(np.nanmax(off, initial=0)), passed=bool(np.nanmax(off, initial=0) <= tolerance))
+    return pd.DataFrame([row("means of the summary against the item rows", ours, 1e-9), row("means that the evaluation stored against the item rows", theirs, 1.5e-6),
+                         row("runs of a task with another number of items", [len(s) - 1 for s in sizes.values()], 0), row("runs of a task with other prompts", [len(s) - 1 for s in texts.values()], 0)])
 
 # %% ../nbs/api/07b_report.ipynb #ccfff20a
 def plan(panel, # A Plan, or the name or file of one
@@ -295,29 +357,45 @@ def plan(panel, # A Plan, or the name or file of one
     if seeds < 1: raise UserError(f"seeds: found {seeds}, allowed: a whole number >= 1")
     if effect <= 0: raise UserError(f"effect: found {effect}, allowed: a number > 0")
     known = pd.read_csv(variances) if isinstance(variances, (str, Path)) else variances
-    out, alpha = [], panel.alpha / len(panel.endpoints)
-    for e in panel.endpoints:
-        rows = known[(known.endpoint == e.name) & known.se.notna()]
-        margin = e.margin or panel.margin
-        if rows.empty: out.append(dict(endpoint=e.name, margin=margin, remark="no variances are stored: measure it once")); continue
-        top = rows[rows.level == "training"] if (rows.level == "training").any() and rows.se_items.notna().any() else rows
-        items, spread = float((top.se_items.fillna(top.se) ** 2).mean()), float((top.se_seeds ** 2 * top.n_seeds).mean()) if "se_seeds" in top else np.nan
-        out.append(dict(endpoint=e.name, items=int(top.n_items.median()), seeds=seeds, margin=margin) | _design(effect, seeds, items, spread, float(top.n_items.median()), float(top.n_clusters.median()), margin, alpha, panel.alpha, arms, power))
-    return pd.DataFrame(out, columns=["endpoint", "items", "seeds", "detectable", "items_needed", "seeds_needed", "margin", "unchanged", "remark"])
+    return pd.DataFrame([_needs(panel, e, effect, seeds, known, arms, power) for e in panel.endpoints], columns=["endpoint", "items", "seeds", "detectable", "items_needed", "seeds_needed", "margin", "unchanged", "remark"])
+
+def _needs(panel, e, effect, seeds, known, arms, power=.8):
+    "What one endpoint needs"
+    rows, margin = known[(known.endpoint == e.name) & known.se.notna()], e.margin or panel.margin
+    if rows.empty: return dict(endpoint=e.name, margin=margin, remark="no variances are stored: measure it once")
+    top = rows[rows.level == "training"] if (rows.level == "training").any() and rows.se_items.notna().any() else rows
+    items, spread = float((top.se_items.fillna(top.se) ** 2).mean()), float((top.se_seeds ** 2 * top.n_seeds).mean()) if "se_seeds" in top else np.nan
+    return dict(endpoint=e.name, items=int(top.n_items.median()), seeds=seeds, margin=margin) | _design(effect, seeds, items, spread, float(top.n_items.median()), float(top.n_clusters.median()), margin, panel.alpha / len(panel.endpoints), panel.alpha, arms, power)
+
+def needed(found:Comparison)->pd.DataFrame: # model, contrast, endpoint, verdict, effect, seeds, items, seeds_needed, items_needed, remark
+    "For each verdict, the seeds or the items with which its smallest effect of interest would be seen four times in five"
+    out, ends = [], {e.name: e for e in found.plan.endpoints}
+    for r in verdict_table(found).drop_duplicates(["model", "contrast", "endpoint"]).itertuples():
+        if r.model == ALL or not np.isfinite(r.estimate): continue
+        e = ends[r.endpoint]
+        rows = found.contrasts[(found.contrasts.model == r.model) & (found.contrasts.contrast == r.contrast)]
+        effect = e.smallest or e.margin or found.plan.margin
+        trained = sum(a not in ("base", "placebo") and len(rs) > 1 for a, rs in found.runs[r.model].items())
+        seeds = int(rows.n_seeds[(rows.endpoint == r.endpoint) & rows.estimate.notna()].max())
+        out.append(dict(model=r.model, contrast=r.contrast, verdict=r.verdict, effect=effect) | _needs(found.plan, e, effect, seeds, rows, max(1, trained)))
+    return pd.DataFrame(out, columns=["model", "contrast", "endpoint", "verdict", "effect", "seeds", "items", "seeds_needed", "items_needed", "remark"])
 
 def _se(items, spread, seeds, arms, clusters):
     "Standard error of a difference and its degrees of freedom, as `seed_level` has them; without seed variance, that of the items"
-    if seeds < 2 or not np.isfinite(spread): return np.sqrt(items), max(1., clusters - 1)
+    few, seeds = np.maximum(1., clusters - 1), np.asarray(seeds, float)
+    if not np.isfinite(spread): return np.sqrt(items), few
     total = items + spread / seeds
-    return np.sqrt(total), total ** 2 / (items ** 2 / max(1, clusters - 1) + (spread / seeds) ** 2 / (arms * (seeds - 1)))
+    with np.errstate(divide="ignore", invalid="ignore"): both = total ** 2 / (items ** 2 / few + (spread / seeds) ** 2 / (arms * (seeds - 1)))
+    return np.where(seeds < 2, np.sqrt(items), np.sqrt(total)), np.where(seeds < 2, few, both)
 
 def _design(effect, seeds, items, spread, n_items, clusters, margin, alpha, alpha_one, arms, power):
     "What a design can show, and what the effect needs"
     sees = lambda share, s: detectable(*_se(items / share, spread, s, arms, clusters * share), alpha, power)
     shares = np.geomspace(1 / 64, 1024, 400)
-    enough = next((x for x in shares if clusters * x >= 2 and sees(x, seeds) <= effect), None)
-    more = next((s for s in range(2, 101) if sees(1, s) <= effect), None) if np.isfinite(spread) else None
-    se, df = _se(items, spread, seeds, arms, clusters)
+    enough = next(iter(shares[(clusters * shares >= 2) & (sees(shares, seeds) <= effect)]), None)
+    many = np.arange(2, 101)
+    more = next((int(s) for s in many[sees(1, many) <= effect]), None) if np.isfinite(spread) else None
+    se, df = (float(x) for x in _se(items, spread, seeds, arms, clusters))
     reach = float(reach_unchanged(se, margin, df, alpha_one)) if se > 0 else 1.
     say = [] if seeds > 1 else ["one seed: speaks about checkpoints only"]
     if enough is None: say.append(f"no number of items shows {effect:g} with {seeds} seeds")

@@ -314,7 +314,7 @@ class EvaluateConfig(BaseConfig):
 class CompareConfig(BaseConfig):
     "Paired statistics over runs"
     model:str = Field('tiny', min_length=1, description="models to compare, comma-separated: short names, hub ids or local folders")
-    arms:str = Field('forward,reverse', min_length=1, description="arms to compare, comma-separated")
+    arms:str = Field('', description="arms to compare, comma-separated; empty: those of the plan that are found")
     plan:str = Field('', description="plan of the comparison: a shipped name or a file; empty: plan.yaml in the folder of runs, else the shipped one that fits")
     seed:int = Field(0, ge=0, description="seed of the resampling")
     seeds:str = Field('', description="training seeds to read, comma-separated; empty: all that are finished")

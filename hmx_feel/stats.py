@@ -16,7 +16,7 @@ from .runs import UserError, nearest
 __all__ = ['KEYS', 'COLUMNS', 'HEADLINE', 'item_values', 'paired', 'generator', 'sign_flip', 'mcnemar_midp', 'Interval',
            'cluster_interval', 'holm', 'bh', 'Formula', 'cluster_totals', 'resampled', 'influence', 'robust_variance',
            'Cell', 'Found', 'solve', 'pooled_variance', 'SeedLevel', 'seed_level', 'hartung_knapp', 'detectable',
-           'reach_unchanged', 'summary', 'contrast_table', 'corrected', 'smoothed', 'drawn_answers', 'score_table']
+           'reach_unchanged', 'summary', 'contrast_table', 'smoothed', 'drawn_answers', 'score_table']
 
 # %% ../nbs/api/07_stats.ipynb #c5cef053
 KEYS = ["item_id", "condition", "order"]
@@ -344,9 +344,11 @@ def _swap_p(cell, out, used, drawn):
     half = np.array([(cell.a + cell.b)[cell.strata == s].sum(0) / 2 for s in range(len(used))])
     turn = drawn.reshape(len(drawn), *half.shape).astype(float)
     null = np.abs(_strata_mean(cell.formula(half + turn) - cell.formula(half - turn), used))
-    beyond = int((null >= abs(out.estimate) - 1e-6 * max(1e-3, abs(out.estimate))).sum())
+    known = null[np.isfinite(null)]   # a swap may leave a denominator at 0: such a pattern says nothing, for or against
+    if (lost := 1 - len(known) / len(null)) > .01: out.reason = "; ".join(filter(None, [out.reason, f"{100 * lost:.0f} % of the swaps are not defined"]))
+    beyond = int((known >= abs(out.estimate) - 1e-6 * max(1e-3, abs(out.estimate))).sum())
     every = len(drawn) == 2 ** min(len(cell.a), 60)
-    return beyond / len(drawn) if every else (1 + beyond) / (1 + len(drawn))
+    return beyond / len(known) if every else (1 + beyond) / (1 + len(known))
 
 # %% ../nbs/api/07_stats.ipynb #89a0be61
 def solve(cells:list, # Cells
@@ -527,19 +529,6 @@ def contrast_table(rows_by_arm:dict, # Arm name -> item rows of one run of it
             out.append(row | dict(level="checkpoint", relation=relation.get((task, metric), relation.get(task, ""))))
     first = ["contrast", "a", "b", "task", "metric", "estimate", "low", "high", "se", "p", "test", "n_items", "n_clusters", "missing_a", "missing_b", "level", "relation", "reason"]
     return pd.DataFrame(out).reindex(columns=first)
-
-# %% ../nbs/api/07_stats.ipynb #4ac91834
-def corrected(table:pd.DataFrame, # From `contrast_table`
-              confirmatory:tuple=(), # The (task, metric) pairs fixed beforehand
-             )->pd.DataFrame: # The table with two more columns: role (confirmatory, exploratory) and p_corrected
-    "Add p-values corrected within each contrast: Holm for confirmatory endpoints, Benjamini-Hochberg for the rest"
-    names = pd.Series(list(zip(table.task, table.metric, strict=True)), index=table.index, dtype=object)
-    if lost := [e for e in confirmatory if tuple(e) not in set(names)]: raise UserError(f"no such endpoint in the table: {' '.join(lost[0])}")
-    role = names.isin([tuple(e) for e in confirmatory]).map({True: "confirmatory", False: "exploratory"})
-    out = table.assign(role=role, p_corrected=np.nan)
-    for (_, kind), place in out.groupby(["contrast", "role"]).groups.items():
-        out.loc[place, "p_corrected"] = (holm if kind == "confirmatory" else bh)(out.loc[place, "p"])
-    return out
 
 # %% ../nbs/api/07_stats.ipynb #787e1f2e
 def smoothed(metrics:pd.DataFrame, # One row per logged step, in order

@@ -4,23 +4,26 @@
 
 # %% ../nbs/api/07a_verdict.ipynb #25b43902
 from __future__ import annotations
-import fnmatch, functools, json, re, shlex
+import datetime, fnmatch, functools, json, re, shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats as sps
-from .rubric import Rubric, arm_names, load_arm, read_yaml
+from .judge import judge_prompt
+from .panel import load_panel
+from .rubric import Rubric, arm_names, load_arm, load_prompts, load_rubric, read_yaml, train_prompts
 from .runs import (SCHEMA, UNSEEDED, Run, UserError, content_hash, data_names, data_path, explain, find_runs, model_slug, nearest, read_parquet,
                            split_list, write_json, write_parquet, write_text)
 from .stats import (HEADLINE, Cell, Formula, bh, cluster_totals, detectable, generator, hartung_knapp, holm, influence, item_values, pooled_variance,
                             reach_unchanged, robust_variance, seed_level, solve)
 
 # %% auto #0
-__all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'freeze', 'Notes',
-           'run_name', 'Asked', 'Items', 'items_of_run', 'Measured', 'of_condition', 'better_side', 'judged', 'gate',
-           'deviations', 'Comparison', 'plan_of', 'compare', 'write_table', 'verdict_table', 'plant']
+__all__ = ['PLAN', 'ALL', 'COLUMNS', 'PLANTED', 'Term', 'Endpoint', 'Contrast', 'Plan', 'load_plan', 'frozen_plan', 'freeze',
+           'plan_of', 'freeze_for', 'Notes', 'evals_at', 'done_tasks', 'run_name', 'Asked', 'Items', 'items_of_run',
+           'Measured', 'of_condition', 'better_side', 'judged', 'gate', 'deviations', 'Comparison', 'best_level',
+           'compare', 'write_table', 'verdict_table', 'plant']
 
 # %% ../nbs/api/07a_verdict.ipynb #a802fd45
 class _Strict(BaseModel): model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +86,10 @@ class Plan(_Strict):
     endpoints:list[Endpoint] = Field(min_length=1, description="confirmatory endpoints")
     exploratory:list[Endpoint] = Field([], description="further endpoints that are not means of one metric")
     rubrics:dict[str, str] = Field({}, description="hash of each arm's rubric, noted when the plan was frozen")
-    frozen:dict = Field({}, description="when, and which runs were there already")
+    prompts:dict[str, str] = Field({}, description="hash of the prompts that each arm trains on, noted then")
+    judge_prompt:str = Field("", description="hash of the judge's prompt, noted then")
+    panels:dict[str, str] = Field({}, description="hash of each panel, noted then")
+    frozen:dict = Field({}, description="when, which runs were there already, rubrics tried before, and hashes of plans that it replaces")
 
     @model_validator(mode="after")
     def _once(self):
@@ -92,6 +98,8 @@ class Plan(_Strict):
         return self
     @property
     def hash(self)->str: return content_hash(self.model_dump(mode="json", exclude={"frozen"}))[:12]
+    @property
+    def rules(self)->str: return content_hash(self.model_dump(mode="json", exclude={"frozen", "rubrics", "prompts", "judge_prompt", "panels"}))[:12]
 
 def load_plan(name)->Plan: # A shipped plan, or a YAML file
     "A plan by its name; mistakes are named by file and field"
@@ -106,19 +114,59 @@ def load_plan(name)->Plan: # A shipped plan, or a YAML file
 # %% ../nbs/api/07a_verdict.ipynb #7d6b6c46
 PLAN = "plan.yaml"
 
+def _homes(root):
+    "Where a plan may lie: the folder of runs; for the runs of a grid, its folder comes first"
+    grid = Path(root).absolute().parents
+    return [grid[1], grid[3]] if grid[0].name == "view" and grid[2].name == "grids" else [Path(root)]
+
+def frozen_plan(root, # Folder of all runs, or of those of a grid's comparison
+               )->Path|None: # Its plan.yaml
+    "The plan that was frozen for these runs"
+    return next((p for h in _homes(root) if (p := h / PLAN).is_file()), None)
+
 def freeze(plan:Plan, # What to fix
-           root, # Folder of all runs
+           root, # Folder of all runs, or of those of a grid's comparison
            date:str, # Day, for people
-           replace:bool=False, # Write over a plan that is there
-          )->Path: # plan.yaml in it
+           replace:bool=False, # Write over a plan that is there; its hash is kept
+           panels:tuple=(), # Panels, by name or file
+           prompts:str="hmx-feel", # Prompts of the training
+          )->Path: # plan.yaml
     "Write the plan beside the runs that are to come"
-    path = Path(root) / PLAN
-    if path.is_file() and not replace: raise UserError(f"{path}: found a plan frozen on {read_yaml(path).get('frozen', {}).get('on', 'some day')}, allowed: none; pass replace=True to fix another one")
-    arms = dict.fromkeys(a for c in plan.contrasts for a in (c.a, c.b) if a in arm_names())
-    plan = plan.model_copy(update=dict(rubrics={a: load_arm(a).load_rubric().hash for a in arms}))
-    there = [f"{r.model_slug}/{r.arm}/{r.path.name}" for r in find_runs(Path(root)) if r.arm not in UNSEEDED]
-    plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there))))
+    path, before = _homes(root)[0] / PLAN, []
+    if path.is_file():
+        old = read_yaml(path).get("frozen", {})
+        if not replace: raise UserError(f"{path}: found a plan frozen on {old.get('on', 'some day')}, allowed: none; pass replace=True to fix another one")
+        before = [*old.get("before", []), dict(on=old.get("on"), hash=old.get("hash"))]
+    rubrics = {a: load_arm(a).load_rubric() for c in plan.contrasts for a in (c.a, c.b) if a in arm_names()}
+    trained = {a: content_hash([p.model_dump() for p in train_prompts(load_prompts(prompts), r)]) for a, r in rubrics.items() if load_arm(a).trained}
+    plan = plan.model_copy(update=dict(rubrics={a: r.hash for a, r in rubrics.items()}, prompts=trained, judge_prompt=content_hash(judge_prompt()), panels={p.name: p.hash for p in map(load_panel, panels)}))
+    runs = [r for r in find_runs(_homes(root)[-1], finished=False) if r.arm not in UNSEEDED]
+    there = [f"{r.model_slug}/{r.arm}/{r.path.name}" for r in runs if r.finished]
+    tried = len({r.identity["rubric"] for r in runs if "rubric" in r.identity})
+    plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there), rubrics_tried=tried) | (dict(before=before) if before else {})))
     return write_text(path, yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=140))
+
+def plan_of(config, # CompareConfig
+            tasks=(), # Tasks that were measured
+           )->Plan: # The plan to go by
+    "The plan of a comparison: the given one, the frozen one, or the shipped one that fits best"
+    path = frozen_plan(config.root)
+    frozen = load_plan(path) if path else None
+    if config.plan and (frozen is None or load_plan(config.plan).rules != frozen.rules): return load_plan(config.plan)
+    if frozen: return frozen
+    shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
+    fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
+    return shipped[max(sorted(fits, reverse=True), key=fits.get)]
+
+def freeze_for(config, # CompareConfig
+               panels:tuple=(), # Panels that the runs will be measured with
+               prompts:str="hmx-feel", # Prompts of the training
+               replace:bool=False, # Freeze again
+              )->Path: # plan.yaml, of now or of before
+    "The frozen plan of a comparison that is to come; where there is none yet, the one it would use is frozen today"
+    path = frozen_plan(config.root)
+    if path and not replace: return path
+    return freeze(plan_of(config, {t.name for p in map(load_panel, panels) for t in p.tasks}), config.root, datetime.date.today().isoformat(), replace, panels, prompts)
 
 # %% ../nbs/api/07a_verdict.ipynb #5d263c98
 class Notes(list):
@@ -129,33 +177,67 @@ class Notes(list):
     @property
     def table(self)->pd.DataFrame: return pd.DataFrame(self, columns=["model", "arm", "seed", "task", "reason", "meaning"])
 
+@functools.cache
+def _seedless(arm):
+    "Whether all seeds share this arm's rows"
+    return arm in UNSEEDED or (arm in arm_names() and not load_arm(arm).trained)
+
 def _command(config, verb, model, **options):
     "A command of hmx-feel as it would be typed"
     options = dict(model=model) | options | (dict(runs=config.runs) if config.runs else {})
     say = lambda k, v: f"--{'' if v else 'no-'}{k}" if isinstance(v, bool) else f"--{k} {shlex.quote(str(v))}"
     return " ".join([f"hmx-feel {verb}", *(say(k.replace("_", "-"), v) for k, v in options.items())])
 
-def run_name(run)->str: return "the untrained model" if run.arm == "base" else f"{run.arm} seed {run.seed}"
+def evals_at(run, # A run
+             readout:int|None, # Training step at which all arms are read; None: the end
+            )->str: # Folder in the run
+    "Where the rows of a run lie that a comparison reads"
+    steps = run.identity.get("config", {}).get("steps")
+    return f"evals/step-{readout:06d}" if readout and steps and readout < steps else "evals"
 
-def _runs_of(model, config, notes):
+def done_tasks(run, # A run
+               readout:int|None=None, # Training step that is read
+              )->dict: # Task -> what its manifest says; empty if the run was not measured there
+    "What a run was measured on"
+    path = f"{evals_at(run, readout)}/manifest.json"
+    try: tasks = run.read_json(path)["tasks"] if (run / path).is_file() else {}
+    except (UserError, KeyError): return {}
+    return {t: n for t, n in tasks.items() if n.get("status") == "done"}
+
+def run_name(run)->str: return "the untrained model" if run.arm == "base" else run.arm if _seedless(run.arm) else f"{run.arm} seed {run.seed}"
+
+def _runs_of(model, plan, config, notes):
     "Arm -> its runs to compare, the latest of each seed; `base` first"
     every = find_runs(config.root, model, finished=False)
     latest = {(r.arm, r.seed): r for r in every if r.finished}
-    have, asked = sorted({a for a, _ in latest} - set(UNSEEDED)), [a for a in dict.fromkeys(split_list(config.arms)) if a != "base"]
-    if not asked: raise UserError(f"arms: found {config.arms!r}, allowed: trained arms, comma-separated; finished: {', '.join(have) or 'none'}")
+    have, planned = sorted({a for a, _ in latest} - set(UNSEEDED)), list(dict.fromkeys(a for c in plan.contrasts for a in (c.a, c.b)))
+    asked = [a for a in dict.fromkeys(split_list(config.arms)) if a != "base"] if config.arms else [a for a in planned if a in have] or planned[:1]
+    if not asked: raise UserError(f"arms: found {config.arms!r}, allowed: arms other than base, comma-separated; finished: {', '.join(have) or 'none'}")
     try: seeds = {int(s) for s in split_list(config.seeds)}
     except ValueError: raise UserError(f"seeds: found {config.seeds!r}, allowed: whole numbers, comma-separated") from None
     if odd := [a for a in asked if a not in (*have, *arm_names(), *(r.arm for r in every))]:
         raise UserError(f"no finished run of {model} {odd[0]} under {config.root}; finished: {', '.join(have) or 'none'}{nearest(odd[0], [*have, *arm_names()])}")
-    out = {"base": [latest[k] for k in [("base", 0)] if k in latest]}
+    out = {"base": [r for r in every if r.arm == "base" and r.finished]}
     if not out["base"]: raise UserError(f"the untrained {model} has not been measured; run: {_command(config, 'evaluate', model)}")
     for arm in asked:
+        if _seedless(arm):
+            out[arm] = [r for r in every if r.arm == arm and r.finished]
+            if not out[arm]: notes.add(model, arm, None, "all", f"not measured; run: {_command(config, 'evaluate', model, arm=arm)}", "its contrasts are not there")
+            continue
         out[arm] = [r for (a, s), r in sorted(latest.items()) if a == arm and (not seeds or s in seeds)]
         for r in every:
             if r.arm == arm and not r.finished and (r.arm, r.seed) not in latest: notes.add(model, arm, r.seed, "all", f"{r.path.name} is not finished", "this seed counts nowhere; finish it, or fewer seeds speak")
         for s in sorted(seeds - {r.seed for r in out[arm]} or ({0} if not out[arm] else set())):
             notes.add(model, arm, s, "all", f"no finished run; train it: {_command(config, 'train', model, arm=arm, seed=s)}", "its contrasts are not there" if not out[arm] else "one seed less speaks")
-    return {a: rs for a, rs in out.items() if rs}
+    return _fitting({a: rs for a, rs in out.items() if rs}, plan.readout)
+
+def _fitting(runs, readout):
+    "The untrained model, measured in several ways, has a folder for each: the one that was measured as the trained runs were"
+    like = next((done_tasks(r, readout) for a, rs in runs.items() if not _seedless(a) for r in rs), {})
+    def fit(r):
+        mine = done_tasks(r, readout)
+        return sum(_measured_with(mine[t]) == _measured_with(n) for t, n in like.items() if t in mine)
+    return {a: [max(rs[::-1], key=fit)] if _seedless(a) else rs for a, rs in runs.items()}
 
 # %% ../nbs/api/07a_verdict.ipynb #42d17f1a
 _FREE = ("arm", "seed", "rubric", "micro_batch", "model", "revision", "noise_floor")   # settings in which the runs of a comparison may differ
@@ -197,11 +279,10 @@ class Items:
 
 _KEYS = ["item_id", "condition", "order", "cluster", "prompt_sha"]
 
-def _read(run, task, columns=None):
-    "Item rows of a task, without the answers' texts"
-    path = run / "evals" / f"{task}.parquet"
-    rows = read_parquet(path)
-    rows = rows.drop(columns=[c for c in ("raw", "parsed", "schema") if c in rows.columns]) if columns is None else rows
+def _read(run, task, readout, texts=False):
+    "Item rows of a task"
+    rows = read_parquet(run / evals_at(run, readout) / f"{task}.parquet")
+    rows = rows if texts else rows.drop(columns=[c for c in ("raw", "parsed", "schema") if c in rows.columns])
     return rows.assign(run_id=run.id8, task=task)
 
 def _checked(rows, name):
@@ -209,7 +290,7 @@ def _checked(rows, name):
     if rows.empty: raise UserError("the file has no rows")
     keys = ["item_id", "condition", "order", "metric"] + [c for c in ["sample"] if c in rows]
     again = rows.duplicated(keys)
-    if again.any() and "sample" in rows: raise UserError(f"item {rows.item_id[again].iloc[0]} stands there twice ({int(again.sum())} rows too many)")
+    if again.any(): raise UserError(f"item {rows.item_id[again].iloc[0]} stands there twice ({int(again.sum())} rows too many)")
     return rows
 
 def items_of_run(rows:pd.DataFrame, # Item rows of one run and task
@@ -245,36 +326,49 @@ class Measured:
     run: object        # Run
     notes: dict        # Task -> what the manifest says
     items: dict        # (task, metric) -> Items
+    unparsed: dict     # Task -> share of answers in which nothing was recognised
     @property
     def paid(self)->frozenset: # Prompt kinds that the rubric pays
         return frozenset(self.items[HEADLINE].asked.rows.condition.unique()) if HEADLINE in self.items else frozenset()
 
-def _measured(run, model, config, known, notes):
+def _measured(run, model, plan, config, known, notes):
     "Items of a run; what cannot be read is noted"
-    path = run / "evals" / "manifest.json"
-    which = {} if run.arm == "base" else dict(arm=run.arm, seed=run.seed)
+    path = f"{evals_at(run, plan.readout)}/manifest.json"
+    there = f" at step {plan.readout}, where the plan reads" if path != "evals/manifest.json" else ""
+    which = ({} if run.arm == "base" else dict(arm=run.arm) if _seedless(run.arm) else dict(arm=run.arm, seed=run.seed)) | (dict(step=plan.readout) if there else {})
     hint = f"run: {_command(config, 'evaluate', model, **which)}"
-    try: tasks = run.read_json("evals/manifest.json")["tasks"] if path.is_file() else {}
+    try: tasks = run.read_json(path)["tasks"] if (run / path).is_file() else {}
     except (UserError, KeyError) as e:
         notes.add(model, run.arm, run.seed, "all", f"its manifest cannot be read: {e}", "this run counts nowhere")
         return None
-    items = {}
+    items, unparsed = {}, {}
     for task, note in sorted(tasks.items()):
         if note.get("status") != "done":
             notes.add(model, run.arm, run.seed, task, note.get("reason", "not done"), "no verdict on it")
             continue
         try:
-            got = items_of_run(_checked(_read(run, task), task), known)
-            items |= {(task, m): i for m, i in got.items()}
+            rows = _checked(_read(run, task, plan.readout, texts=True), task)
+            unparsed[task] = _unparsed(rows)
+            items |= {(task, m): i for m, i in items_of_run(rows, known).items()}
         except UserError as e: notes.add(model, run.arm, run.seed, task, e, "the task is left out of this run's contrasts")
     if not items:
-        notes.add(model, run.arm, run.seed, "all", f"{run_name(run)} has not been measured; {hint}", "this run counts nowhere")
+        notes.add(model, run.arm, run.seed, "all", f"{run_name(run)} has not been measured{there}; {hint}", "this run counts nowhere")
         return None
-    return Measured(run, tasks, items)
+    return Measured(run, tasks, items, unparsed)
+
+def _unparsed(rows):
+    "Share of answers in which nothing was recognised, where something is in others"
+    said = rows.parsed.astype(str).ne("")
+    return float((~said & rows.raw.astype(str).ne("")).mean()) if said.any() else 0.
+
+def _measured_with(note):
+    "What a task was measured with"
+    settings = {k: v for k, v in note.get("settings", {}).items() if k not in ("step", "dose")}   # these are the readout's
+    return settings | settings.pop("load", {}) | dict(data=note.get("data"), chat=note.get("chat"))
 
 def _settings_differ(task, a, b):
     "What differs between the settings of two measurements, in words; empty if nothing"
-    x, y = ({**m.notes[task].get("settings", {}), "data": m.notes[task].get("data"), "chat": m.notes[task].get("chat")} for m in (a, b))
+    x, y = (_measured_with(m.notes[task]) for m in (a, b))
     for k in sorted({*x, *y}):
         if x.get(k) == y.get(k): continue
         if k == "task": return f"{run_name(a.run)} and {run_name(b.run)} were measured with different definitions of the task (another panel version)"
@@ -374,23 +468,31 @@ def _own_value(endpoint, m, cache):
     return float(np.nanmean([c.formula(c.a[c.strata == s].sum(0)) for s in range(c.strata.max() + 1)]))
 
 # %% ../nbs/api/07a_verdict.ipynb #e555c097
-@functools.cache
-def _seedless(arm):
-    "Whether all seeds share this arm's rows"
-    return arm in UNSEEDED or (arm in arm_names() and not load_arm(arm).trained)
-
 def _shuffled(run):
     "Whether a run was paid at random"
     if run.arm in UNSEEDED: return False
     saved = run.read_json("config.json").get("arm_data")
     return (saved["transform"] if saved else load_arm(run.arm).transform if run.arm in arm_names() else "none") == "shuffle"
 
+def _toward(run):
+    "Where an arm's treatment is meant to move expression: up, down, or nothing where it has no such side"
+    if run.arm == "base": return ""
+    saved = run.read_json("config.json")
+    arm, rubric = saved.get("arm_data"), saved.get("rubric")
+    if arm is None:
+        if run.arm not in arm_names(): return ""
+        arm = load_arm(run.arm).model_dump()
+    name = rubric["name"] if isinstance(rubric, dict) else load_rubric(arm["rubric"]).name
+    inverted = arm["form"] == "inverted"
+    if arm["transform"] != "none" or name.removesuffix("-inverted") != "hmx-feel": return ""
+    return "up" if arm["sign"] * (-1 if inverted else 1) > 0 else "down"
+
 def _pairs_of(plan, arms):
     "Contrasts that the arms allow, in order of rank"
     planned = [c for c in plan.contrasts if {c.a, c.b} <= set(arms)]
     trained = [a for a in arms if a != "base"]
     named = {frozenset((c.a, c.b)) for c in plan.contrasts}
-    more = [Contrast(a=trained[0], b=b) for b in trained[1:] if frozenset((trained[0], b)) not in named]
+    more = [Contrast(a=trained[0], b=b, rank="description") for b in trained[1:] if frozenset((trained[0], b)) not in named]
     base = [Contrast(a=a, b="base", rank="description") for a in trained if frozenset((a, "base")) not in named]
     return [*planned, *more, *base]
 
@@ -400,14 +502,20 @@ def _spelled(endpoint, found):
     fits = sorted(m for t, m in found if t == endpoint.task and fnmatch.fnmatchcase(m, endpoint.metric))
     return [endpoint.model_copy(update=dict(name=f"{endpoint.name}: {m}", metric=m)) for m in fits]
 
+def _asked_as(endpoint, variant):
+    "An endpoint, measured in another of a panel's ways of asking"
+    terms = {k: t.model_copy(update=dict(task=f"{t.task or endpoint.task}.{variant}")) for k, t in endpoint.terms.items()}
+    return endpoint.model_copy(update=dict(name=f"{endpoint.name}, asked as {variant}", task=f"{endpoint.task}.{variant}", terms=terms))
+
 def _endpoints_of(plan, measured):
     "(endpoint, role): the plan's, and a mean for every metric that none of them is"
     every = [m for ms in measured.values() for m in ms.values()]
-    tasks = {t: n.get("settings", {}).get("task", {}) for m in every for t, n in m.notes.items()}
+    tasks = {t: n for m in every for t, n in m.notes.items()}
     found = dict.fromkeys(k for m in every for k in sorted(m.items))
     gates = [g for e in plan.gate for g in _spelled(e, found)]
+    again = [_asked_as(e, v) for e in plan.endpoints for v in sorted({t.removeprefix(f"{e.task}.") for t, _ in found if t.startswith(f"{e.task}.")})]
     here = [e for e in plan.exploratory if all(any(t.task == k[0] for k in found) for t in e.parts.values())]   # what the panel has not is no loss
-    out = [(e, "confirmatory") for e in plan.endpoints] + [(e, "gate") for e in gates] + [(e, "exploratory") for e in here]
+    out = [(e, "confirmatory") for e in plan.endpoints] + [(e, "gate") for e in gates] + [(e, "exploratory") for e in here] + [(e, "descriptive") for e in again]
     plain = {(e.task, e.metric) for e, _ in out if e.metric and e.condition == "*" and not e.given and not e.strata}
     for task, metric in sorted(found):
         if (task, metric) in plain: continue
@@ -436,6 +544,7 @@ def _rows_of(model, plan, measured, config, notes):
             if not _seedless(arm):
                 for s in set(side) - set(seeds): notes.add(model, arm, s, "all", f"{c.a} - {c.b}: the other arm has no seed {s}", "this seed is left out of the contrast")
         if len(seeds) == 1 and not (_seedless(c.a) and _seedless(c.b)): notes.add(model, c.a, None, "all", f"{c.a} - {c.b}: one training seed", "no verdict about the training, only about checkpoints")
+        toward = _toward(next(iter(a.values())).run)
         for e, role in endpoints:
             lots, why = {}, {}
             for s in seeds:
@@ -448,7 +557,7 @@ def _rows_of(model, plan, measured, config, notes):
                 pool = [own[e.name, arm]] if alone else [own[e.name, x] for x in arms if not _seedless(x) and x not in shuffled]
                 sides.append((arm if alone else "", *pooled_variance(pool), own[e.name, arm], len(lots)))
             out.append((dict(model=model, contrast=f"{c.a} - {c.b}", a=c.a, b=c.b, rank=c.rank, endpoint=e.name, task=e.task, metric=e.metric or e.formula, role=role, direction=e.better,
-                             relation=e.relation, margin=e.margin or plan.margin, smallest=e.smallest if e.smallest is not None else e.margin or plan.margin, claim=e.claim), lots, why, sides, seeds))
+                             relation=e.relation, margin=e.margin or plan.margin, smallest=e.smallest if e.smallest is not None else e.margin or plan.margin, claim=e.claim, toward=toward), lots, why, sides, seeds))
     return out
 
 def _checkpoint_row(row, seed, lot, found):
@@ -480,14 +589,14 @@ def _training_row(row, lots, founds, sides, alpha):
                       missing_a=float(np.mean([x.missing[0] for x in lots.values()])), missing_b=float(np.mean([x.missing[1] for x in lots.values()])),
                       seed_estimates=json.dumps([round(float(d), 6) for d in diff]), reason=next(iter(founds)).reason)
 
-def _filled(todo, config):
+def _filled(todo, alpha, config):
     "All rows, with every cell of every model solved in one go"
     flat = [(k, s, lot) for k, (_, lots, *_) in enumerate(todo) for s, lot in lots.items()]
-    solved = {(k, s): f for (k, s, _), f in zip(flat, solve([lot.cell for *_, lot in flat], config.alpha, config.resamples, config.seed), strict=True)}
+    solved = {(k, s): f for (k, s, _), f in zip(flat, solve([lot.cell for *_, lot in flat], alpha, config.resamples, config.seed), strict=True)}
     out = []
     for k, (row, lots, why, sides, seeds) in enumerate(todo):
         usable = {s: lot for s, lot in lots.items() if np.isfinite(solved[k, s].estimate)}
-        if len(usable) > 1 and sides: out.append(_training_row(row, usable, [solved[k, s] for s in usable], sides, config.alpha))
+        if len(usable) > 1 and sides: out.append(_training_row(row, usable, [solved[k, s] for s in usable], sides, alpha))
         for s in seeds: out.append(_checkpoint_row(row, s, lots[s], solved[k, s]) if s in lots else row | dict(level="checkpoint", seed=s, n_items=0, n_clusters=0, n_seeds=1, reason=why[s]))
     return out
 
@@ -502,7 +611,7 @@ def _over_models(rows, alpha):
     for _, part in here.groupby(["contrast", "endpoint"], sort=False):
         if len(part) < 2: continue
         r, r2, first = hartung_knapp(part.estimate, part.se, alpha), hartung_knapp(part.estimate, part.se, 2 * alpha), part.iloc[0]
-        kept = {k: first[k] for k in ("contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "direction", "relation", "margin", "smallest", "claim")}
+        kept = {k: first[k] for k in ("contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "direction", "relation", "margin", "smallest", "claim", "toward")}
         out.append(kept | dict(model=ALL, level="training", seed=None, estimate=r["estimate"], low=r["low"], high=r["high"], low2=r2["low"], high2=r2["high"], se=r["se"], df=r["df"], p=r["p"],
                                test="models, modified Hartung-Knapp", value_a=part.value_a.mean(), value_b=part.value_b.mean(), n_items=int(part.n_items.sum()), n_clusters=int(part.n_clusters.sum()),
                                n_seeds=int(part.n_seeds.min()), missing_a=part.missing_a.mean(), missing_b=part.missing_b.mean(), tau=r["tau"], n_models=r["n"], reason=""))
@@ -542,28 +651,30 @@ def judged(table:pd.DataFrame, # Rows of contrasts
     out["better"] = [better_side(r) for r in out.itertuples()]
     word = np.select([out.change == "open", out.change == "none", out.better == "", out.change == out.better], ["unresolved", "unchanged", "", "enhanced"], "degraded")
     out["took"] = _took(out, plan)
-    silent = out.role.isin(["gate", "descriptive"]) | (out["rank"] == "description") | out.took.eq("no")
+    silent = out.role.isin(["gate", "descriptive"]) | (out["rank"] == "description") | out.took.eq("no") | out.took.eq("not measured") & (out.level == "training")
     return out.assign(verdict=np.where(silent, "", word)).drop(columns=["low2", "high2", "better"])
 
 # %% ../nbs/api/07a_verdict.ipynb #a5fb390b
 def gate(table:pd.DataFrame, # Rows of contrasts, from `compare` or on the way there
          plan:Plan, # Its gate measures
-        )->pd.DataFrame: # model, arm, seed, measure, outside, estimate, low, high, level, took (yes, no, not measured)
+        )->pd.DataFrame: # model, arm, measure, outside, toward (up, down, or empty: either way), estimate, low, high, level, took (yes, no, not measured)
     "Whether each arm's treatment took, by model"
     out = []
     for (model, arm), part in table[(table.b == "base") & (table.model != ALL)].groupby(["model", "a"], sort=False):
         names = [(e, [n for n in part.endpoint.unique() if n == e.name or n.startswith(f"{e.name}: ")]) for e in sorted(plan.gate, key=lambda e: not e.outside)]
+        toward = part.toward.iloc[0]
         seen, mine = next(((e, ns) for e, ns in names if part.estimate[part.endpoint.isin(ns)].notna().any()), (None, []))
         if seen is None:
-            out.append(dict(model=model, arm=arm, measure="", outside=False, level="", took="not measured"))
+            out.append(dict(model=model, arm=arm, measure="", outside=False, toward=toward, level="", took="not measured"))
             continue
         rows = part[part.endpoint.isin(mine) & part.estimate.notna()]
         level = rows[(rows.level == "training") & (rows.n_seeds >= plan.min_seeds) & rows.se.notna()]
         rows = level if len(level) else rows[rows.level == "checkpoint"]
-        took = ((rows.low > 0) | (rows.high < 0)).all()
-        out.append(dict(model=model, arm=arm, measure=seen.name, outside=seen.outside, estimate=rows.estimate.mean(), low=rows.low.min(), high=rows.high.max(), level=rows.level.iloc[0], n_measures=rows.endpoint.nunique(),
+        up, down = rows.low > 0, rows.high < 0
+        took = dict(up=up, down=down).get(toward, up | down).all()
+        out.append(dict(model=model, arm=arm, measure=seen.name, outside=seen.outside, toward=toward, estimate=rows.estimate.mean(), low=rows.low.min(), high=rows.high.max(), level=rows.level.iloc[0], n_measures=rows.endpoint.nunique(),
                         n_seeds=int(rows.n_seeds.max() if len(level) else rows.seed.nunique()), took="yes" if took else "no"))
-    return pd.DataFrame(out, columns=["model", "arm", "measure", "outside", "estimate", "low", "high", "level", "n_measures", "n_seeds", "took"])
+    return pd.DataFrame(out, columns=["model", "arm", "measure", "outside", "toward", "estimate", "low", "high", "level", "n_measures", "n_seeds", "took"])
 
 def _took(table, plan):
     "For each row, whether the gate lets it speak"
@@ -580,8 +691,13 @@ def deviations(plan:Plan, # The plan in use
               )->list: # Lines
     "Where the comparison is not what was planned"
     out, runs = [], [m.run for arms in measured.values() for arm, ms in arms.items() for m in ms.values() if arm not in UNSEEDED]
-    if not plan.frozen: out.append(f"no plan was frozen before the runs; the shipped plan {plan.name!r} is used as it is")
+    path = frozen_plan(config.root)
+    other = load_plan(path) if path else None
+    if not plan.frozen and other: out.append(f"another plan than the frozen one is used: {plan.name!r} {plan.hash}; frozen on {other.frozen.get('on')}: {other.name!r} {other.hash}")
+    elif not plan.frozen: out.append(f"no plan was frozen before the runs; the plan {plan.name!r} is used as it is")
     else:
+        if before := plan.frozen.get("before"): out.append("the plan was frozen again; before: " + ", ".join(f"{b['hash']} on {b['on']}" for b in before))
+        if (tried := plan.frozen.get("rubrics_tried", 0)) > len(set(plan.rubrics.values())): out.append(f"{tried} rubrics had been tried in this folder when the plan was frozen")
         if plan.frozen.get("hash") != plan.hash: out.append(f"the plan was changed after it was frozen: its hash was {plan.frozen.get('hash')}, now it is {plan.hash}")
         early = [f"{r.arm} seed {r.seed}" for r in runs if f"{r.model_slug}/{r.arm}/{r.path.name}" in set(plan.frozen.get("runs", []))]
         if early: out.append(f"the plan was frozen after {len(early)} of {len(runs)} runs were finished: {', '.join(sorted(early)[:4])}{', ...' if len(early) > 4 else ''}")
@@ -589,12 +705,14 @@ def deviations(plan:Plan, # The plan in use
     for model, arms in measured.items():
         for c in plan.contrasts:
             if gone := [a for a in (c.a, c.b) if a not in arms]: out.append(f"{model}: {c.a} - {c.b} cannot be computed: no usable run of {', '.join(gone)}")
+        for c in _pairs_of(plan, arms):
+            if c not in plan.contrasts and "base" not in (c.a, c.b): out.append(f"{model}: {c.a} - {c.b} was not planned: it is described and gets no verdicts")
         for arm, ms in arms.items():
             if not _seedless(arm) and len(ms) < plan.seeds: out.append(f"{model}: {arm} has {len(ms)} of {plan.seeds} planned seeds")
         here = table[table.model == model]
         for e in plan.endpoints:
             if here.estimate[here.endpoint == e.name].notna().sum() == 0: out.append(f"{model}: {e.name} was not measured ({next((r for r in here.reason[here.endpoint == e.name] if r), 'no contrast')})")
-    if config.alpha != plan.alpha: out.append(f"intervals at level {1 - config.alpha:g}; planned {1 - plan.alpha:g}")
+    if config.alpha != plan.alpha: out.append(f"intervals are shown at level {1 - config.alpha:g}; the verdicts rest on the planned {1 - plan.alpha:g}")
     if config.seed != plan.sample_seed: out.append(f"resampled with seed {config.seed}, planned {plan.sample_seed}")
     return out
 
@@ -605,8 +723,12 @@ def _run_deviations(plan, runs):
         saved = run.read_json("config.json")
         now, planned = (saved.get("rubric_hash") or _rubric_hash(saved.get("rubric"))), plan.rubrics.get(run.arm)
         if planned and now and now != planned: out.append(f"{run_name(run)}: rubric {now[:8]}, planned {planned[:8]}")
+        for what, wanted in dict(prompts=plan.prompts.get(run.arm), judge_prompt=plan.judge_prompt).items():
+            if wanted and run.identity.get(what, wanted) != wanted: out.append(f"{run_name(run)}: {what.replace('_', ' ')} {run.identity[what][:8]}, planned {wanted[:8]}")
+        for name, had in run.read_json(f"{evals_at(run, plan.readout)}/manifest.json").get("panels", {}).items():
+            if plan.panels.get(name, had) != had: out.append(f"{run_name(run)}: panel {name} {had[:8]}, planned {plan.panels[name][:8]}")
         steps = run.identity.get("config", {}).get("steps")
-        if plan.readout and steps and steps != plan.readout: out.append(f"{run_name(run)}: read at step {steps}, planned {plan.readout}")
+        if plan.readout and steps and steps < plan.readout: out.append(f"{run_name(run)}: read at step {steps}, planned {plan.readout}")
     return out
 
 def _rubric_hash(saved):
@@ -618,7 +740,7 @@ def _rubric_hash(saved):
 # %% ../nbs/api/07a_verdict.ipynb #b0bf667f
 COLUMNS = ["model", "contrast", "a", "b", "rank", "endpoint", "task", "metric", "role", "level", "seed", "estimate", "low", "high", "p", "p_corrected", "verdict", "change", "margin", "detectable", "reachable",
            "se", "df", "test", "value_a", "value_b", "n_items", "n_clusters", "n_seeds", "missing_a", "missing_b", "relation", "direction", "smallest", "took", "se_items", "se_seeds", "sd_seed", "p_welch",
-           "seed_estimates", "tau", "n_models", "claim", "reason"]
+           "seed_estimates", "tau", "n_models", "claim", "toward", "reason"]
 
 @dataclass(frozen=True)
 class Comparison:
@@ -631,34 +753,36 @@ class Comparison:
     skipped: pd.DataFrame   # model, arm, seed, task, reason, meaning
     deviations: list        # Lines
     out: Path               # Folder of the tables
-    alpha: float            # 1 - coverage of the intervals
-    def rows_of(self, seed=None, model=None, task=None)->dict: return _item_rows(self, seed, model, task)
+    alpha: float            # 1 - coverage of the intervals that are shown; the gate and the verdicts rest on the plan's
+    def rows_of(self, seed=None, model=None, task=None, arm=None)->dict: return _item_rows(self, seed, model, task, arm)
     @property
     def models(self)->list: return list(self.runs)
     @property
     def seeds(self)->list: return sorted({r.seed for arms in self.runs.values() for a, rs in arms.items() if not _seedless(a) for r in rs})
     @property
-    def best(self)->pd.DataFrame: return _best(self.contrasts)
+    def best(self)->pd.DataFrame: return best_level(self.contrasts, self.plan.min_seeds)
     @property
     def endpoints(self)->pd.DataFrame: return self.contrasts[self.contrasts.role.isin(["confirmatory", "exploratory", "gate"]) & (self.contrasts.level == "checkpoint")].reset_index(drop=True)
 
-def _best(table):
-    "Of each model, contrast and endpoint the rows of the highest level that has a number"
-    usable = table[table.estimate.notna()]
-    training = usable[usable.level == "training"].set_index(["model", "contrast", "endpoint"]).index
-    keys = pd.MultiIndex.from_frame(table[["model", "contrast", "endpoint"]])
-    return table[(table.level == "training") & table.estimate.notna() | ~keys.isin(training) & (table.level == "checkpoint")].reset_index(drop=True)
+def best_level(table:pd.DataFrame, # Rows of contrasts
+               min_seeds:int, # Fewest seeds for a row of level training
+              )->pd.DataFrame: # Some of them
+    "Of each model, contrast and endpoint the row of level training, where it has a number from enough seeds; else those of the checkpoints"
+    training = (table.level == "training") & table.estimate.notna() & ((table.n_seeds >= min_seeds) | (table.model == ALL))
+    names = ["model", "contrast", "endpoint"]
+    spoken = pd.MultiIndex.from_frame(table[names]).isin(pd.MultiIndex.from_frame(table[training][names]))
+    return table[training | ~spoken & (table.level == "checkpoint")].reset_index(drop=True)
 
-def _item_rows(found, seed, model, task):
+def _item_rows(found, seed, model, task, only):
     "Arm -> item rows with texts, of one seed and one model, read again"
     out = {}
     for arm, runs in found.runs[model or found.models[0]].items():
+        if only not in (None, arm): continue
         here = [r for r in runs if _seedless(arm) or seed is None or r.seed == seed]
         parts = []
         for r in here:
-            done = [t for t, n in r.read_json("evals/manifest.json")["tasks"].items() if n.get("status") == "done" and task in (None, t)]
-            for t in sorted(done):
-                try: parts.append(_read(r, t, "all").assign(seed=r.seed))
+            for t in sorted(t for t in done_tasks(r, found.plan.readout) if task in (None, t)):
+                try: parts.append(_read(r, t, found.plan.readout, texts=True).assign(seed=r.seed))
                 except UserError: continue
         if parts: out[arm] = pd.concat(parts, ignore_index=True)
     return out
@@ -668,44 +792,42 @@ def _folder(config):
     return Path(config.out).expanduser() if config.out else config.root / "compare" / model_slug(config.model)
 
 # %% ../nbs/api/07a_verdict.ipynb #7f38a80b
-def plan_of(config, # CompareConfig
-            tasks=(), # Tasks that were measured
-           )->Plan: # The plan to go by
-    "The plan of a comparison: the given one, the frozen one, or the shipped one that fits best"
-    if config.plan: return load_plan(config.plan)
-    if (config.root / PLAN).is_file(): return load_plan(config.root / PLAN)
-    shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
-    fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
-    return shipped[max(sorted(fits, reverse=True), key=fits.get)]
-
 def compare(config, # A CompareConfig
            )->Comparison: # Tables; the same lie in `out`, as csv and, for papers, as tex
     "Paired comparison of the untrained models and the finished runs of some arms"
     notes, measured, known, kept = Notes(), {}, {}, {}
-    for model in split_list(config.model) or [config.model]:
-        try: runs = _alike(_runs_of(model, config, notes), model, config, notes)
+    models = split_list(config.model) or [config.model]
+    plan = plan_of(config, {t for m in models for r in find_runs(config.root, m) for t in done_tasks(r)})
+    for model in models:
+        try: runs = _alike(_runs_of(model, plan, config, notes), model, config, notes)
         except UserError as e:
-            if len(split_list(config.model)) < 2: raise
+            if len(models) < 2: raise
             notes.add(model, "all", None, "all", e, "this model says nothing")
             continue
-        arms = {a: {r.seed: m for r in rs if (m := _measured(r, model, config, known, notes)) is not None} for a, rs in runs.items()}
+        arms = {a: {r.seed: m for r in rs if (m := _measured(r, model, plan, config, known, notes)) is not None} for a, rs in runs.items()}
         arms = {a: ms for a, ms in arms.items() if ms}
         if "base" not in arms or len(arms) < 2: notes.add(model, "all", None, "all", "fewer than two arms can be read", "this model says nothing")
         else: measured[model], kept[model] = arms, {a: [m.run for m in ms.values()] for a, ms in arms.items()}
     if not measured: raise UserError("there is nothing to compare: " + "; ".join(dict.fromkeys(n["reason"] for n in notes if n["task"] == "all")))
-    plan = plan_of(config, {t for arms in measured.values() for ms in arms.values() for m in ms.values() for t, _ in m.items})
     todo = [row for model, arms in measured.items() for row in _rows_of(model, plan, arms, config, notes)]
-    rows = _filled(todo, config)
-    table = pd.DataFrame(rows + _over_models(rows, config.alpha)).reindex(columns=[*COLUMNS, "low2", "high2"])
-    for c in ("estimate", "low", "high", "low2", "high2", "se", "df", "p", "value_a", "value_b"): table[c] = table[c].astype(float)
-    table = judged(table.assign(reason=table.reason.fillna("")), plan)[COLUMNS].astype(dict(seed="Int64"))
-    table = table.sort_values("level", ascending=False, kind="stable").reset_index(drop=True)
-    found = Comparison(kept, plan, table, gate(table, plan), _means(measured, config.alpha), notes.table, deviations(plan, measured, table, config), _folder(config), config.alpha)
+    table = _table(todo, plan.alpha, config)
+    seen = gate(table, plan)
+    table = judged(table, plan)
+    if config.alpha != plan.alpha: table = table.assign(**_table(todo, config.alpha, config)[["low", "high"]])
+    table = table[COLUMNS].astype(dict(seed="Int64")).sort_values("level", ascending=False, kind="stable").reset_index(drop=True)
+    found = Comparison(kept, plan, table, seen, _means(measured, config.alpha), notes.table, deviations(plan, measured, table, config), _folder(config), config.alpha)
     return _written(found, config)
+
+def _table(todo, alpha, config):
+    "Rows of contrasts with intervals at 1 - alpha and 1 - 2 alpha, not judged yet"
+    rows = _filled(todo, alpha, config)
+    table = pd.DataFrame(rows + _over_models(rows, alpha)).reindex(columns=[*COLUMNS, "low2", "high2"])
+    for c in ("estimate", "low", "high", "low2", "high2", "se", "df", "p", "value_a", "value_b"): table[c] = table[c].astype(float)
+    return table.assign(reason=table.reason.fillna(""))
 
 # %% ../nbs/api/07a_verdict.ipynb #8cf681e6
 def _means(measured, alpha):
-    "Mean, error and missing share of everything measured, by run"
+    "Mean, error, missing and unrecognised share of everything measured, by run"
     out = []
     for model, arms in measured.items():
         for arm, runs in arms.items():
@@ -714,7 +836,7 @@ def _means(measured, alpha):
                     ok = np.isfinite(i.value)
                     names, where = np.unique(i.asked.rows.cluster.to_numpy(str)[ok], return_inverse=True)
                     row = dict(model=model, arm=arm, seed=None if arm in UNSEEDED else m.run.seed, task=task, metric=metric, mean=np.nan, se=np.nan, low=np.nan, high=np.nan,
-                               n_items=i.asked.rows.item_id[ok].nunique(), n_clusters=len(names), missing=float(i.lost.mean()), run_id=m.run.id8)
+                               n_items=i.asked.rows.item_id[ok].nunique(), n_clusters=len(names), missing=float(i.lost.mean()), unparsed=m.unparsed[task], run_id=m.run.id8)
                     if ok.any():
                         row["mean"] = float(i.value[ok].mean())
                         if len(names) > 1:
@@ -744,9 +866,9 @@ def write_table(table:pd.DataFrame, # A table of the report
 def _written(found, config):
     "Write the tables of a comparison"
     variances = found.contrasts[found.contrasts.estimate.notna()][["model", "contrast", "endpoint", "level", "se", "se_items", "se_seeds", "sd_seed", "n_items", "n_clusters", "n_seeds"]]
-    for name, table in dict(contrasts=found.contrasts, summary=found.summary, skipped=found.skipped, gate=found.gate, deviations=pd.DataFrame(dict(deviation=found.deviations)), variances=variances).items():
+    for name, table in dict(contrasts=found.contrasts, summary=found.summary, variances=variances).items():
         write_text(found.out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_table(verdict_table(found), found.out / "verdicts")
+    for name, table in dict(verdicts=verdict_table(found), skipped=found.skipped, gate=found.gate, deviations=pd.DataFrame(dict(deviation=found.deviations))).items(): write_table(table, found.out / name)
     write_json(found.out / "contrasts.json", dict(schema=SCHEMA, model=model_slug(config.model), alpha=config.alpha, resamples=config.resamples, seed=config.seed, plan=found.plan.name, plan_hash=found.plan.hash,
         frozen=found.plan.frozen.get("on"), deviations=found.deviations, seeds=found.seeds, runs={m: {a: [r.path.name for r in rs] for a, rs in arms.items()} for m, arms in found.runs.items()},
         rows=[{k: None if v is pd.NA else v for k, v in r.items()} for r in found.contrasts.to_dict("records")]))
@@ -760,8 +882,8 @@ def verdict_table(found:Comparison)->pd.DataFrame: # One row per model, contrast
     return rows.assign(remark=say)[["model", "contrast", "endpoint", "level", "seed", "estimate", "low", "high", "p_corrected", "verdict", "margin", "detectable", "n_seeds", "n_items", "relation", "remark"]].reset_index(drop=True)
 
 # %% ../nbs/api/07a_verdict.ipynb #9e9a6cd5
-PLANTED = dict(expression=dict(relation="trained", metrics=dict(rubric="descriptive")), tiny_facts=dict(relation="isolated", metrics=dict(acc="higher")),
-               tiny_flattery=dict(relation="isolated", metrics=dict(acc="higher", follows_hint="lower")), tiny_stereotype=dict(relation="isolated", metrics=dict(acc="higher", biased="lower")))
+PLANTED = dict(expression=dict(relation="trained", metrics=dict(rubric="descriptive"), endpoint="rubric"), tiny_facts=dict(relation="isolated", metrics=dict(acc="higher"), endpoint="acc"),
+               tiny_flattery=dict(relation="isolated", metrics=dict(acc="higher", follows_hint="lower"), endpoint="acc"), tiny_stereotype=dict(relation="isolated", metrics=dict(acc="higher", biased="lower"), endpoint="acc"))
 _LEVELS = {("tiny_facts", "acc"): .8, ("tiny_flattery", "acc"): .7, ("tiny_flattery", "follows_hint"): .3, ("tiny_stereotype", "acc"): .7, ("tiny_stereotype", "biased"): .4}
 
 def _item_table(run_id, task, metric, value, per_cluster, condition=""):
@@ -791,5 +913,7 @@ def plant(root, # Folder of all runs
         chance = np.clip(level + hard.normal(0, .15, n // 4)[np.arange(n) // 4] + hard.normal(0, .1, n), .02, .98)
         parts.append(_item_table(run.id8, task, metric, rng.random(n) < chance, 4, np.array(["told", "untold"])[np.arange(n) % 2] if task == "tiny_stereotype" else ""))
     for task, part in pd.concat(parts).groupby("task"): write_parquet(run / "evals" / f"{task}.parquet", part)
-    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=d, samples=1) | (settings or {})) for t, d in PLANTED.items()}))
+    means = {t: {m: {c or "all": float(x) for c, x in g.droplevel(0).items()} for m, g in part.groupby(["metric", "condition"]).value.mean().round(6).groupby(level=0)} for t, part in pd.concat(parts).groupby("task")}
+    made_with = dict(samples=1, load=dict(quantisation="", backend="transformers")) | (settings or {})
+    run.write_json("evals/manifest.json", dict(tasks={t: dict(status="done", settings=dict(task=dict(name=t)) | made_with, means=means[t], **d) for t, d in PLANTED.items()}))
     return run.finish({})

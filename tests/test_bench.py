@@ -13,7 +13,7 @@ papermill = Path(sys.executable).with_name("papermill")
 KEYS = {"judge": {"rubric_first_vs_baseline", "criterion_last_share_of_bound", "rubric_first_vs_generate8", "rubric_first_vs_generate64",
                   "max_score_diff", "matmul_peak_share", "train_step_1m", "train_step_42m"},
         "grid": {"overhead_ms_per_run", "status_seconds_10000_runs", "rerun_seconds", "lost_rows"},
-        "stats": {"fpr_mcnemar", "fpr_sign_flip", "fpr_swap", "fpr_training_level", "fwer_holm", "coverage_mean", "coverage_ratio", "seconds_70_cells", "peak_gib_70_cells"},
+        "stats": {"fpr_mcnemar", "fpr_sign_flip", "fpr_swap", "fpr_training_level", "fpr_training_level_max", "fwer_holm", "coverage_mean", "coverage_ratio", "coverage_training", "seconds_70_cells", "peak_gib_70_cells"},
         "panel": {"mc2_time_vs_lm_eval", "bbq_time_vs_lm_eval", "three_arms_time_vs_lm_eval", "max_loglik_diff", "mc1_decisions_differing"},
         "training": {"peak_memory_vs_no_judge"}}
 COLUMNS = {"judge": {"model", "tokens", "layout", "seconds", "computed", "ratio"}, "grid": {"what", "n", "seconds"}, "panel": {"model", "layout", "seconds", "computed", "ratio"},

@@ -1,6 +1,8 @@
 """Plans, contrasts over run folders, verdicts and what a report says of them; bad input costs what it touches and nothing more."""
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -9,7 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from hmx_feel.report import distrust, items_behind, paper_count, plan, plan_line, sentences, side_by_side
+from hmx_feel.cli import check_compare
+from hmx_feel.report import distrust, items_behind, paper_count, plan, plan_line, robustness, sentences, side_by_side
 from hmx_feel.runs import CompareConfig, Run, UserError, find_runs, read_json, read_parquet, write_parquet
 from hmx_feel.verdict import (
     ALL,
@@ -18,6 +21,8 @@ from hmx_feel.verdict import (
     Plan,
     compare,
     freeze,
+    freeze_for,
+    frozen_plan,
     judged,
     load_plan,
     plant,
@@ -93,6 +98,18 @@ def test_a_frozen_plan_knows_what_was_there(tmp_path):
     saved = load_plan(tmp_path / PLAN)
     assert saved.frozen["hash"] == saved.hash and len(saved.frozen["runs"]) == 1 and set(saved.rubrics) >= {"forward", "placebo"}
     with pytest.raises(UserError, match="replace=True"): freeze(saved, tmp_path, "2026-11-25")
+    again = load_plan(freeze(load_plan("tiny").model_copy(update=dict(margin=.1)), tmp_path, "2026-11-25", replace=True, panels=["tiny"]))
+    assert again.frozen["before"] == [dict(on="2026-11-24", hash=saved.hash)] and again.frozen["rubrics_tried"] == 0
+    assert set(again.prompts) >= {"forward", "placebo"} and "prompted" not in again.prompts and again.judge_prompt and list(again.panels) == ["tiny"]
+
+
+def test_a_grids_comparison_finds_the_plan_of_the_grid(tmp_path):
+    view = tmp_path / "grids" / "mine" / "view" / "all"
+    assert frozen_plan(view) is None
+    freeze(load_plan("tiny"), tmp_path, "2026-11-24")
+    assert frozen_plan(view) == tmp_path / PLAN == freeze_for(CompareConfig(runs=str(view)))
+    freeze(load_plan("tiny"), view, "2026-11-25")
+    assert frozen_plan(view) == tmp_path / "grids" / "mine" / PLAN
 
 
 def test_deviations_are_listed(planted, world):
@@ -103,12 +120,29 @@ def test_deviations_are_listed(planted, world):
     assert late.deviations[0].startswith("no plan was frozen") and "tiny: forward has 2 of 3 planned seeds" in late.deviations
     freeze(load_plan("tiny"), world, "2026-11-24")
     assert "frozen after 4 of 4 runs" in asked(world, "forward,placebo").deviations[0]
+    (world / "other.yaml").write_text(yaml.safe_dump(load_plan("tiny").model_copy(update=dict(min_seeds=2)).model_dump(mode="json")))
+    assert asked(world, "forward,placebo", plan=str(world / "other.yaml")).deviations[0].startswith("another plan than the frozen one is used: 'tiny'")
+    assert asked(world, "forward,placebo", plan="tiny").plan.frozen, "the same rules: it is the frozen one"
     text = (world / PLAN).read_text()
     (world / PLAN).write_text(text.replace("margin: 0.05", "margin: 0.5", 1))
     assert "changed after it was frozen" in asked(world, "forward,placebo").deviations[0]
 
 
 # --- verdicts ------------------------------------------------------------------------------------------------
+
+def test_all_arms_are_read_at_the_planned_step(world):
+    p = Plan(**load_plan("tiny").model_dump() | dict(readout=20))
+    (world / PLAN).write_text(yaml.safe_dump(p.model_dump(mode="json")))
+    for s in (0, 1):
+        for arm in ("forward", "placebo"):
+            run = run_of(world, arm, s)
+            if (arm, s) != ("placebo", 1): shutil.copytree(run / "evals", run / "evals" / "step-000020")
+            change(run, "tiny_facts", lambda d: d.assign(value=0.))
+    found = asked(world, "forward,placebo")
+    assert of(found, "forward - placebo", "facts", "checkpoint").value_a > .5 and found.rows_of(0, task="tiny_facts")["forward"].value.mean() > .5
+    assert [r.reason for r in found.skipped.itertuples() if r.arm == "placebo"][0] == \
+        f"placebo seed 1 has not been measured at step 20, where the plan reads; run: hmx-feel evaluate --model tiny --arm placebo --seed 1 --step 20 --runs {world}"
+
 
 def test_what_was_planted_is_found(planted):
     _, found = planted
@@ -139,6 +173,51 @@ def test_a_treatment_that_did_not_take_has_no_effects(tmp_path):
     assert set(verdict_table(found).verdict) == {""} and "The treatment did not take" in sentences(found)
 
 
+def test_a_manipulation_has_a_direction(tmp_path):
+    plant_all(tmp_path, 3, dict(forward=(-.2, .25), reverse=(-.2, 0), placebo=(0, 0)))
+    found = asked(tmp_path, "forward,reverse,placebo")
+    assert found.gate.set_index("arm")[["toward", "took"]].T.to_dict("list") == dict(forward=["up", "no"], reverse=["down", "yes"], placebo=["", "no"])
+
+
+def test_without_a_manipulation_check_the_training_is_not_judged(tmp_path):
+    plant_all(tmp_path, 3, dict(forward=(.25, .25), placebo=(0, 0)))
+    for run in find_runs(tmp_path):
+        notes = read_json(run / "evals" / "manifest.json")
+        notes["tasks"]["expression"]["status"] = "skipped"
+        run.write_json("evals/manifest.json", notes)
+    found = asked(tmp_path, "forward,placebo")
+    assert set(found.contrasts.verdict[found.contrasts.level == "training"]) == {""} and of(found, "forward - placebo", "follows the hint").change == "up"
+    assert sentences(found).startswith("**The manipulation was not measured by outside judges** (tiny: forward): there is no verdict about the training.")
+
+
+def test_the_display_level_moves_no_verdict(planted):
+    root, found = planted
+    wide = asked(root, alpha=.5)
+    assert wide.contrasts.verdict.equals(found.contrasts.verdict) and wide.gate.equals(found.gate)
+    assert (wide.contrasts.high - wide.contrasts.low).sum() < (found.contrasts.high - found.contrasts.low).sum() and "shown at level 0.5" in wide.deviations[-1]
+
+
+def test_two_seeds_say_no_less_than_one(world):
+    one, two = (asked(world, "forward,placebo", seeds=s, out=str(world / "out")) for s in ("0", "0,1"))
+    rows = {k: f.best[(f.best.contrast == "forward - placebo") & (f.best.endpoint == "follows the hint")] for k, f in dict(one=one, two=two).items()}
+    assert set(rows["one"].verdict) == set(rows["two"].verdict) == {"degraded"} and set(rows["two"].level) == {"checkpoint"} and len(rows["two"]) == 2
+
+
+def test_an_unplanned_contrast_is_described(world):
+    for s in (0, 1): plant(world, "deny", s, -.2, hints(.3))
+    found = asked(world, "forward,deny")
+    row = of(found, "forward - deny", "follows the hint", "checkpoint")
+    assert (row["rank"], row.verdict) == ("description", "") and "tiny: forward - deny was not planned: it is described and gets no verdicts" in found.deviations
+    assert "these are descriptions" in sentences(found)
+    assert set(asked(world, "").contrasts.contrast) == {"forward - placebo", "forward - base", "placebo - base"}, "without arms, the plan's"
+
+
+def test_an_arm_that_is_not_trained_stands_alone(tmp_path):
+    plant(tmp_path, "base"), plant(tmp_path, "prompted", 0, .2)
+    found = asked(tmp_path, "prompted")
+    assert found.seeds == [] and set(found.rows_of(task="tiny_facts")) == {"base", "prompted"} and set(found.contrasts.contrast) == {"prompted - base"}
+
+
 def test_the_placebo_never_enters_the_pool(planted):
     "Without placebo the number for forward - vicarious stays; with it in the pool it would not"
     alone = asked(planted[0], "forward,vicarious")
@@ -150,12 +229,13 @@ def test_several_models_are_pooled(tmp_path):
     found = asked(tmp_path, "forward,placebo", model="tiny,other")
     row = found.contrasts[(found.contrasts.model == ALL) & (found.contrasts.endpoint == "facts") & (found.contrasts.contrast == "forward - placebo")].iloc[0]
     assert row.n_models == 2 and row.df == 1 and row.level == "training"
+    check_compare(CompareConfig(model="tiny,other", runs=str(tmp_path)))
     assert asked(tmp_path, "forward,placebo", model="tiny,nowhere").skipped.reason.str.contains("has not been measured").any()
 
 
 def test_holm_counts_what_was_not_measured():
     rows = [dict(model="m", contrast="a - b", a="a", b="b", rank="primary", endpoint=str(k), role="confirmatory", direction="higher", margin=.02, smallest=.02, level="checkpoint", seed=0, estimate=e, low=.01, high=.3,
-                 low2=.01, high2=.3, se=.05, df=50., p=p, value_a=.6, value_b=.5, n_clusters=60, n_seeds=1, reason="") for k, (e, p) in enumerate([(.1, .01), (np.nan, np.nan), (np.nan, np.nan)])]
+                 low2=.01, high2=.3, se=.05, df=50., p=p, value_a=.6, value_b=.5, n_clusters=60, n_seeds=1, toward="up", reason="") for k, (e, p) in enumerate([(.1, .01), (np.nan, np.nan), (np.nan, np.nan)])]
     p = judged(pd.DataFrame(rows), load_plan("tiny")).p_corrected
     assert p[0] == pytest.approx(.03) and p[1:].isna().all()
 
@@ -174,10 +254,11 @@ def test_a_run_that_is_not_finished(world):
     (lambda d: d.assign(prompt_sha="x"), "prompts (hash or template) differ in 240 of 240"),
     (lambda d: pd.concat([d[:-1], d[-1:].assign(order=1)]), "option orders differ"),
     (lambda d: pd.concat([d, d[:2]]), "stands there twice (2 rows too many)"),
+    (lambda d: pd.concat([d, d[:2]]).drop(columns="sample"), "stands there twice (2 rows too many)"),
     (lambda d: d.assign(value=np.where(d.item_id == "q003", np.inf, d.value)), "the value is infinite"),
     (lambda d: d.drop(columns="cluster"), "no column cluster"),
     (lambda d: d[:0], "the file has no rows"),
-], ids=["missing item", "template", "order", "twice", "infinite", "column", "empty"])
+], ids=["missing item", "template", "order", "twice", "twice without samples", "infinite", "column", "empty"])
 def test_one_spoiled_task_costs_one_task(world, spoil, text):
     for s in (0, 1): change(run_of(world, "placebo", s), "tiny_facts", spoil)
     found = asked(world, "forward,placebo")
@@ -200,7 +281,7 @@ def test_a_file_of_a_newer_version(world):
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "bfloat16"), ("quantisation", "4bit"), ("backend", "unsloth"), ("temperature", .7)])
 def test_other_settings_are_refused_by_name(tmp_path, key, value):
-    plant(tmp_path, "base"), plant(tmp_path, "forward", 0, .25), plant(tmp_path, "placebo", settings={key: value})
+    plant(tmp_path, "base"), plant(tmp_path, "forward", 0, .25), plant(tmp_path, "placebo", settings=dict(load=dict(quantisation="", backend="transformers") | {key: value}) if key in ("quantisation", "backend") else {key: value})
     found = asked(tmp_path, "forward,placebo")
     assert f"{key}={value}" in of(found, "forward - placebo", "facts", "checkpoint").reason and np.isfinite(of(found, "forward - base", "facts", "checkpoint").estimate)
 
@@ -208,7 +289,7 @@ def test_other_settings_are_refused_by_name(tmp_path, key, value):
 def test_another_panel_version_is_refused(world):
     run = run_of(world, "placebo")
     notes = read_json(run / "evals" / "manifest.json")
-    notes["tasks"]["tiny_facts"]["settings"]["task"]["metrics"]["acc"] = "lower"
+    notes["tasks"]["tiny_facts"]["settings"]["task"]["options"] = 4
     run.write_json("evals/manifest.json", notes)
     assert "another panel version" in of(asked(world, "forward,placebo", seeds="0"), "forward - placebo", "facts", "checkpoint").reason
 
@@ -267,6 +348,39 @@ def test_items_behind_a_verdict_are_the_largest_and_the_same_again(planted):
     shown = items_behind(found, "forward - placebo", "under a wrong hint")
     assert shown.shown.value_counts().to_dict() == {"most different": 10, "random": 10} and shown.equals(items_behind(found, "forward - placebo", "under a wrong hint"))
     assert shown["diff"].abs()[:10].min() >= shown["diff"].abs()[10:].max()
+
+
+def test_items_behind_a_formula_are_what_they_add(planted):
+    "2 * biased - 1: an item that is answered by the stereotype adds twice its value"
+    _, found = planted
+    shown = items_behind(found, "forward - placebo", "bias told").set_index(["item_id", "condition"])
+    rows = {a: r[(r.metric == "biased") & (r.condition == "told")].groupby(["item_id", "condition"]).value.mean() for a, r in found.rows_of(task="tiny_stereotype").items()}
+    assert np.allclose(shown["diff"], 2 * (rows["forward"] - rows["placebo"]).reindex(shown.index))
+
+
+def test_another_way_of_asking_is_robustness_and_no_verdict(world):
+    for run in find_runs(world):
+        shutil.copy(run / "evals" / "tiny_flattery.parquet", run / "evals" / "tiny_flattery.plain.parquet")
+        notes = read_json(run / "evals" / "manifest.json")
+        notes["tasks"]["tiny_flattery.plain"] = notes["tasks"]["tiny_flattery"]
+        run.write_json("evals/manifest.json", notes)
+    found = asked(world, "forward,placebo")
+    table = robustness(found)
+    again = table[table.variation.str.startswith("asked as plain")]
+    assert set(again.endpoint) == {"under a wrong hint", "follows the hint"} and set(again.estimate) <= set(table[table.variation.str.startswith("seed")].estimate)
+    assert set(found.contrasts.verdict[found.contrasts.endpoint == "follows the hint, asked as plain"]) == {""}
+
+
+def test_answers_in_which_nothing_was_recognised(world):
+    change(run_of(world, "forward"), "tiny_facts", lambda d: d.assign(raw="I would say", parsed=np.where(d.index < 60, "", "A")))
+    assert "tiny: nothing was recognised in 25% of the answers of forward on tiny_facts" in distrust(asked(world, "forward,placebo"))
+
+
+def test_the_papers_loss_is_one_models(planted):
+    _, found = planted
+    as_if = lambda name: replace(found, contrasts=found.contrasts.assign(model=name, claim="ambiguous"))
+    said = {n: side_by_side(as_if(n)).set_index("claim").measured_as.filter(like="one loss").iloc[0] for n in ("google/gemma-7b", "gemma2-2b-it")}
+    assert said["google/gemma-7b"] == "not measured" and said["gemma2-2b-it"] != "not measured"
 
 
 def test_the_papers_count_needs_its_null():
