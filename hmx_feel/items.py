@@ -6,7 +6,7 @@
 __all__ = ['quality', 'flips', 'longer_baseline', 'drawn_items', 'moved_items', 'folded', 'drawn_page', 'base_rows', 'moved_page']
 
 # %% ../nbs/api/08d_items.ipynb #92f50dda
-import numpy as np,pandas as pd
+import pandas as pd
 from .runs import Run,find_runs
 from .truthfulqa import flip_rate
 from .panel import read_rows
