@@ -1,7 +1,6 @@
-"A run in two processes: advantages of a fixed batch as in one, a run folder that is whole, a run that goes on"
+"A run in two processes: advantages of a fixed batch as in one, a run folder that is whole"
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -73,16 +72,6 @@ def test_two_processes_train_into_one_folder(run):
     rows = [read_parquet(p) for p in sorted((run / "completions").glob("*.parquet"))]
     assert [len(r) for r in rows] == [8, 8] and all(r.groupby("prompt_id").size().eq(4).all() for r in rows)
     assert [p.stem for p in sorted((run / "drift").glob("*.parquet"))] == ["000000", "000002"] and Run.open(run.path).finished
-
-
-def test_two_processes_go_on_to_the_same_bytes(run, tmp_path):
-    "From what a run that was killed in its second step had left"
-    torn = Path(shutil.copytree(run.root, tmp_path / "runs")) / run.path.relative_to(run.root)
-    for gone in ("adapter", "checkpoints/checkpoint-2", "completions/000002.parquet", "drift/000002.parquet", "result.json"):
-        shutil.rmtree(torn / gone) if (torn / gone).is_dir() else (torn / gone).unlink()
-    again = trained(tmp_path / "runs")
-    assert again.path == torn and again.read_jsonl("resumes.jsonl")[0]["step"] == 1
-    for name in ("metrics.jsonl", "drift.jsonl", "adapter/adapter_model.safetensors", "completions/000002.parquet"): assert (again / name).read_bytes() == (run / name).read_bytes(), name
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
