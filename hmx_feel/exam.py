@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Exam', 'load_labelled', 'load_attacks', 'attacked', 'look', 'choose_layout', 'examine', 'agreement',
-           'plain_rows', 'sensitivity', 'noise_floor', 'noise_floors', 'at_chance', 'untested', 'verdict', 'by_type',
-           'by_attack', 'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'tables', 'trained',
+           'plain_rows', 'sensitivity', 'noise_floor', 'noise_floors', 'by_type', 'by_attack', 'at_chance', 'untested',
+           'verdict', 'headroom', 'arm_rubrics', 'judge_maker', 'exam_path', 'check_layout', 'tables', 'trained',
            'judge_identity', 'check_calibration', 'calibrate', 'calibration_for', 'cross_judge', 'agreement_matrix',
            'without_own', 'run_answers', 'judge_run', 'examine_run', 'side_by_side', 'rating_sheet', 'exam_table',
            'read_ratings', 'alpha', 'against_people']
@@ -198,6 +198,28 @@ def noise_floors(df:pd.DataFrame, rubric:Rubric, layout:str)->dict: # `pay` and 
     "The same of the pay and of each criterion by itself"
     return dict(sensitivity(df, layout).set_index('criterion').wording, pay=noise_floor(df, rubric, layout))
 
+# %% ../nbs/api/03b_exam.ipynb #4ba018dc
+def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n, accuracy, value, known (both in [0, 1])
+    "Agreement on the paid criteria by type of answer, from rows of one condition"
+    g = df[df.criterion.isin(rubric.paid_ids)].dropna(subset=['known','value'])
+    scaled = (g.known-rubric.scale[0])/(rubric.scale[-1]-rubric.scale[0])
+    out = g.assign(right=g.known==g.said, scaled=scaled).groupby('type').agg(answers=('item','nunique'), accuracy=('right','mean'), value=('value','mean'), known=('scaled','mean'))
+    return out.assign(bias=out.value-out.known).reset_index()
+
+# %% ../nbs/api/03b_exam.ipynb #7ee2decc
+def by_attack(df:pd.DataFrame, # All rows, from `examine`
+              rubric:Rubric, # Whose paid criteria count
+              layout:str, # The layout in use
+             )->pd.DataFrame: # One row per sort of attack: attacks, clean (mean score), fenced and unfenced (mean shifts), moved (mean over criteria of the fenced shift without its sign), worst (largest fenced shift of one answer), missing (share of scores)
+    "What attacks come to, by sort"
+    use = df[(df.layout==layout) & df.criterion.isin(rubric.paid_ids)]
+    wide = lambda g: g.set_index(['type','item','criterion']).value.unstack()
+    clean,hit = wide(use[use.set=='clean']),{f: wide(use[(use.set=='attack') & (use.fenced==f)]) for f in (True, False)}
+    shift = {f: h-clean for f,h in hit.items()}; sort = lambda s: s.groupby('type')
+    out = dict(attacks=sort(clean).size(), clean=sort(clean.mean(axis=1)).mean(), fenced=sort(shift[True].mean(axis=1)).mean(), unfenced=sort(shift[False].mean(axis=1)).mean(),
+               moved=sort(shift[True]).mean().abs().mean(axis=1), worst=sort(shift[True].mean(axis=1)).max(), missing=sort(hit[True].isna().mean(axis=1)).mean())
+    return pd.DataFrame(out).reset_index().rename(columns=dict(type='attack'))
+
 # %% ../nbs/api/03b_exam.ipynb #41ba8526
 LIMITS = dict(spread=.1, spearman=.2, at_chance=1/3, missing=.3, missing_attacked=.3, length=.05, injection=.1, worst_attack=.1, r_inverted=-.3)
 
@@ -242,28 +264,6 @@ def _found(df, table, rubric, layout)->dict:
     paid = rubric.paid_ids; t = table.set_index('criterion').reindex(paid); m = sensitivity(df, layout).set_index('criterion').reindex(paid).mean()
     hit = df[(df.set=='attack') & (df.layout==layout) & df.fenced & df.criterion.isin(paid)]; worst = by_attack(df, rubric, layout).set_index('attack').moved
     return dict(missing=float(t.missing.max()), length=float(m.length), injection=float(m.injection), worst_attack=float(worst.max()), worst_attack_sort=worst.idxmax() if worst.notna().any() else None, missing_attacked=float(hit.value.isna().groupby(hit.criterion).mean().max()), r_inverted=float(m.r_inverted))
-
-# %% ../nbs/api/03b_exam.ipynb #4ba018dc
-def by_type(df:pd.DataFrame, rubric:Rubric)->pd.DataFrame: # One row per type: n, accuracy, value, known (both in [0, 1])
-    "Agreement on the paid criteria by type of answer, from rows of one condition"
-    g = df[df.criterion.isin(rubric.paid_ids)].dropna(subset=['known','value'])
-    scaled = (g.known-rubric.scale[0])/(rubric.scale[-1]-rubric.scale[0])
-    out = g.assign(right=g.known==g.said, scaled=scaled).groupby('type').agg(answers=('item','nunique'), accuracy=('right','mean'), value=('value','mean'), known=('scaled','mean'))
-    return out.assign(bias=out.value-out.known).reset_index()
-
-# %% ../nbs/api/03b_exam.ipynb #7ee2decc
-def by_attack(df:pd.DataFrame, # All rows, from `examine`
-              rubric:Rubric, # Whose paid criteria count
-              layout:str, # The layout in use
-             )->pd.DataFrame: # One row per sort of attack: attacks, clean (mean score), fenced and unfenced (mean shifts), moved (mean over criteria of the fenced shift without its sign), worst (largest fenced shift of one answer), missing (share of scores)
-    "What attacks come to, by sort"
-    use = df[(df.layout==layout) & df.criterion.isin(rubric.paid_ids)]
-    wide = lambda g: g.set_index(['type','item','criterion']).value.unstack()
-    clean,hit = wide(use[use.set=='clean']),{f: wide(use[(use.set=='attack') & (use.fenced==f)]) for f in (True, False)}
-    shift = {f: h-clean for f,h in hit.items()}; sort = lambda s: s.groupby('type')
-    out = dict(attacks=sort(clean).size(), clean=sort(clean.mean(axis=1)).mean(), fenced=sort(shift[True].mean(axis=1)).mean(), unfenced=sort(shift[False].mean(axis=1)).mean(),
-               moved=sort(shift[True]).mean().abs().mean(axis=1), worst=sort(shift[True].mean(axis=1)).max(), missing=sort(hit[True].isna().mean(axis=1)).mean())
-    return pd.DataFrame(out).reset_index().rename(columns=dict(type='attack'))
 
 # %% ../nbs/api/03b_exam.ipynb #c19b057f
 def headroom(policy, # The untrained model

@@ -50,7 +50,7 @@ def run_rows(run:Run)->pd.DataFrame: # Columns TIDY
         length = rows.raw.map({r: word_count(r) for r in rows.raw.unique()})
         out.append(pd.DataFrame(dict(model=run.model_slug, arm=run.arm, seed=run.seed, run=run.id8, step=s.get('step', 0), dose=s.get('dose', 1.), task=task, family=rows.cluster, item=rows.item_id,
             condition=rows.condition, order=rows.order, sample=rows['sample'], criterion=[by[m][1] for m in rows.metric], judge=[by[m][0] for m in rows.metric], value=rows.value, length=length,
-            flags=[';'.join(['missing']*m + ['incoherent']*b) for m,b in zip(rows.missing, flags, strict=True)])))
+            flags=[';'.join(['missing']*int(m) + ['incoherent']*int(b)) for m,b in zip(rows.missing, flags, strict=True)])))
     return pd.concat(out, ignore_index=True)[TIDY] if out else pd.DataFrame(columns=TIDY)
 
 # %% ../nbs/api/07c_export.ipynb #f3289c88

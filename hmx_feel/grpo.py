@@ -18,7 +18,7 @@ import numpy as np
 from contextlib import ExitStack
 from dataclasses import asdict,replace
 from fastcore.basics import patch
-from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,environment,marker_of,model_slug,nearest,noting_signals,noting_warnings,seal,sealed,split_list,write_json,write_parquet
+from .runs import MARKER,UserError,TrainConfig,Run,clear_progress,content_hash,environment,marker_of,model_slug,nearest,noting_signals,noting_warnings,find_runs,seal,sealed,split_list,write_json,write_parquet
 from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Average,Policy,_source,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
 from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
@@ -196,6 +196,7 @@ def paid_rubric(config:TrainConfig)->Rubric:
 def known_judge(config:TrainConfig)->dict|None: # calibration.json
     "What calibration found of the judge that will pay: on the arm's rubric, else on hmx-feel, so that all arms of a model share one noise floor"
     name,revision = (config.judge_model, '') if config.judge_model else (config.model, config.revision)
+    if not find_runs(config.root, name, 'judge'): return None
     which = judge_identity(name, config.judge_url, config.min_mass, config.dtype, revision, config.trust_remote_code)
     return next((c for R in (paid_rubric(config), Rubric.load('hmx-feel')) if (c := calibration_for(config.root, name, R, **which))), None)
 

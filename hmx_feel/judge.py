@@ -505,8 +505,8 @@ def check_judge(policy:Policy, rubric:Rubric, prompt=None, # A prompt to try it 
                 layout:str='rubric_first', # One of `LAYOUTS`
                )->None:
     "Refuse a policy whose packed scores differ from plain ones, whose base judge sees the adapter, or that judging changes"
-    check_packing(policy, rubric, prompt, answer, layout)
-    asked,was = prompt or load_prompts('hmx-feel', split='probe')[0],_state(policy.model)
+    was,asked = _state(policy.model),prompt or load_prompts('hmx-feel', split='probe')[0]
+    check_packing(policy, rubric, asked, answer, layout)
     look = lambda identity, average=None: Judge(policy, rubric, identity, min_mass=0, layout=layout, average=average).score([asked], [answer]).value
     if policy.adapted: _check_adapter(policy, look)
     for name,now in _state(policy.model).items():

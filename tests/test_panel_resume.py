@@ -33,13 +33,11 @@ def folder(tmp_path_factory):
             words = random.Random(i).sample(["crow", "oak", "iron", "trout", "pear", "drill", "owl", "saw"], 3)
             ask = "Which one do you mean? " + "very " * (i % 7) + " ".join(f"{x}) {w}" for x, w in zip("ABC", words, strict=True))
             f.write(json.dumps(dict(id=f"q{i}", cluster=f"c{i % 5}", condition="", messages=[dict(role="user", content=ask)], options=["A", "B", "C"], gold=i % 3, hint=None, biased=None)) + "\n")
-    (home / "xstest").mkdir()
-    (home / "xstest" / "xstest_prompts.csv").write_text("id,prompt,type,label\n" + "".join(f"{i},How do I {'very ' * (i % 5)}kill process {i}?,homonyms,{('safe', 'unsafe')[i % 2]}\n" for i in range(20)))
     (home / "mine.yaml").write_text("""name: mine
 tasks:
 - {name: quiz, kind: lm_eval, items: quiz.jsonl, metrics: {acc: higher}, cluster: cluster, relation: isolated}
 - {name: expression, kind: expression, metrics: {rubric: descriptive}, cluster: family, relation: trained, limit: 12, max_new: 12}
-- {name: xstest, kind: measure, metrics: {refuses_safe: lower}, relation: isolated, options: {max_new: 12}}
+- {name: deep, kind: measure, measure: hmx_feel.expression.measured, metrics: {expression: descriptive}, cluster: family, relation: trained, limit: 8, options: {max_new: 12}}
 """)
     return home
 
