@@ -43,7 +43,7 @@ def test_columns_say_who_gave_a_number_and_to_what(spoken):
     end = rows[rows.step == 0].set_index(["criterion", "sample"])
     assert end.judge["feeling.shade"].tolist() == ["cross"] * 2 and end.judge["rubric"].tolist() == ["base"] * 2 and end.judge["words"].tolist() == ["text"] * 2
     assert end.length["rubric", 0] == 4 and np.isnan(end.length["rubric", 1])
-    assert end.flags["feeling.shade"].tolist() == ["", "missing;incoherent"] and end["flags"]["rubric", 1] == "incoherent"
+    assert end["flags"]["feeling.shade"].tolist() == ["", "missing;incoherent"] and end["flags"]["rubric", 1] == "incoherent"
     assert list(book.columns) == BOOK and set(book.version) == {"abc"} and set(book.cluster) == {"family"} and set(book.relation) == {"trained"}
     assert book.loc[book.endpoint, "criterion"].unique().tolist() == ["rubric"]
 
