@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .runs import MODELS,UserError,Run,find_runs,read_parquet,write_text
 from .rubric import Arm,Rubric,load_prompts
+from .endpoint import check_url
 from .exam import calibration_for
 from .drift import STANCES,run_onset
 
@@ -114,9 +115,9 @@ def judge_words(f:Facts)->str: # A clause
 
 def calibration(f:Facts)->dict|None: # calibration.json
     "What calibration found of the judge: on the arm's rubric, else on hmx-feel"
-    if f.config.get('judge_url'): return None
-    who = f.config.get('judge_model') or f.model
-    return next((c for R in (f.rubric, Rubric.load('hmx-feel')) if (c := calibration_for(f.run.root, who, R))), None)
+    url,who = f.config.get('judge_url'),f.config.get('judge_model') or f.model
+    weights = check_url(url) if url else f.identity.get('judge_weights') or f.identity.get('weights')
+    return next((c for R in (f.rubric, Rubric.load('hmx-feel')) if (c := calibration_for(f.run.root, who, R, weights=weights))), None)
 
 # %% ../nbs/api/04a_card.ipynb #370bb124
 def difference(a, b, # Item rows of a metric, from the trained and from the untrained model

@@ -285,7 +285,7 @@ def headroom(policy, # The untrained model
         for c,v in [('pay', pay), *((c, s.value[:,i]) for i,c in enumerate(s.ids))]:
             g = v.reshape(-1, group_size); enough = np.isfinite(g).sum(1) > 1
             sd = np.array([np.nanstd(x, ddof=1) for x in g[enough]])
-            floor = (floors or {}).get(c) or 0.
+            floor = float(np.nan_to_num((floors or {}).get(c, 0.)))
             out.append(dict(rubric=name, criterion=c, mean=float(np.nanmean(v)) if np.isfinite(v).any() else np.nan, sd=float(sd.mean()) if len(sd) else np.nan, floor=floor,
                             live=float((sd>max(floor, 1e-6)).sum()/len(g)), missing=float(np.isnan(v).mean())))
     return pd.DataFrame(out)
@@ -446,8 +446,8 @@ def examine_run(config:JudgeConfig, # Its `run` is a finished training run
                 base:dict, # calibration.json of the base judge
                )->tuple[dict,pd.DataFrame,list]: # Verdict on the live judge; rows of `judge_run`; names of the judges that share the run's weights
     "The exam with the live judge of a run, and the run's answers before its judges"
-    run,rubric,layout = trained(config.run),Rubric.load(config.rubric),base['layout']
-    asked = run.read_json('config.json'); exam = load_labelled(exam_path(config), rubric)
+    run,rubric = trained(config.run),Rubric.load(config.rubric)
+    asked = run.read_json('config.json'); layout = asked['resolved'].get('layout') or base['layout']; exam = load_labelled(exam_path(config), rubric)
     policy = load_policy(asked['model'], config.dtype, asked['resolved']['revision'], config.trust_remote_code, adapter=run/'adapter')
     make = lambda R, parts, layout, fenced: Judge(policy, R, 'live', config.min_mass, layout=layout, parts=parts, fenced=fenced)
     rows,_ = examine(make, exam, rubric, load_attacks(), (layout,))

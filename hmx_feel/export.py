@@ -15,7 +15,7 @@ from .stats import HEADLINE
 # %% ../nbs/api/07c_export.ipynb #74b6e0e9
 TIDY = ['model','arm','seed','run','step','dose','task','family','item','condition','order','sample','criterion','judge','value','length','flags']
 BOOK = ['task','criterion','judge','direction','endpoint','relation','cluster','version','data']
-_TEXT = re.compile('incoherent|words|right|stance_[a-z]+')
+_TEXT = re.compile(r'incoherent|words|right|stance_[a-z]+(\..*)?|fact\..*')
 _CHOSEN = re.compile(r'\s*|[\[{].*|-?\d+(\.\d+)?', re.S)
 
 def word_count(raw:str, # What an item row keeps of what was said

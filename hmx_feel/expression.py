@@ -15,7 +15,7 @@ from .judge import Judge
 from .endpoint import EndpointJudge
 from .drift import stance,text_veto,words
 from .policy import recipe
-from .panel import COLUMNS,choose_prompts,expression,judge_layout
+from .panel import COLUMNS,choose_prompts,expression,judge_layout,judge_roles
 from .sycophancy import CELLS,cell_effects,says
 
 # %% ../nbs/api/06e_expression.ipynb #7d0e24ac
@@ -194,15 +194,15 @@ def measured(policy, # Who answers
     chosen = choose_prompts(load_prompts(prompts, split='heldout', kinds=kinds), case.limit)
     if judges is None: judges = _crossing(case.judges.models)
     if bad := sorted(set(judges) & set(endpoints or {})): raise UserError(f"judges: found {bad[0]!r} twice, allowed: each name once")
-    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass, layout=case.layout(r, n)) for n in judges} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass) for n,e in (endpoints or {}).items()}
+    others = {n: Judge(case.judge(n), r, min_mass=c.min_mass, layout=case.layout(r, n)) for n in judges} | {n: EndpointJudge(e['url'], e['model'], r, c.min_mass, layout=judge_layout(c, e['model'], r, e['url'])) for n,e in (endpoints or {}).items()}
     once = {} if getattr(case, 'journal', None) is None else dict(journal=case.journal)  # what the panel has sampled is not sampled again
     rows = all_rows(policy, r, chosen, others, c.min_mass, case.layout(r), **once, samples=c.samples, temperature=c.temperature, seed=seed, max_new=max_new or recipe(policy.spec.name).max_completion, batch_size=c.batch_size)
     return rows, dict(prompts=len(chosen), prompts_hash=content_hash(chosen), rubric=r.name, rubric_hash=r.hash, judges=['base', *others])
 
 def _settings(task, config, model, saved): # What decides its rows beside the judges
-    o = task.options; r = Rubric.load(o.get('rubric', 'hmx-feel'))
+    o,given = task.options,judge_roles(config); r = Rubric.load(o.get('rubric', 'hmx-feel'))
     return dict(samples=config.samples, temperature=config.temperature, min_mass=config.min_mass, batch_size=config.batch_size, rubric=r.hash, prompts=content_hash(load_prompts(o.get('prompts', 'hmx-feel'), split='heldout')),
-                layout=judge_layout(config, model, r, saved), max_new=o.get('max_new') or recipe(model).max_completion)
+                layout=judge_layout(config, model, r), layouts={n: judge_layout(config, given[n], r) for n in measured.roles(o, given) if n in given}, max_new=o.get('max_new') or recipe(model).max_completion)
 
 measured.roles = lambda options, given: options['judges'] if 'judges' in options else _crossing(given)
 measured.settings = _settings

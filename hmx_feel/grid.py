@@ -22,7 +22,7 @@ from .executors import Need
 # %% ../nbs/api/10b_grid.ipynb #3a65169b
 SECTIONS = dict(calibrate=JudgeConfig, train=TrainConfig, evaluate=EvaluateConfig, compare=CompareConfig)
 _OURS = {'model','arm','seed','runs','replace','run','out'}
-_SET_BY_GRID = dict(calibrate=_OURS, train=_OURS, evaluate=_OURS, compare=(_OURS-{'seed'})|{'arms','seeds'})
+_SET_BY_GRID = dict(calibrate=_OURS, train=_OURS, evaluate=_OURS|{'step','dose'}, compare=(_OURS-{'seed'})|{'arms','seeds'})
 _Seeds = list[StrictInt]
 
 # %% ../nbs/api/10b_grid.ipynb #ae7f5e9d

@@ -600,8 +600,10 @@ def _begin(asked, checked, run)->int: # The step to go on after, 0 for a new sta
     "Empty the folder, or take it back to its newest checkpoint"
     if not asked.replace: run.not_finished()
     start = 0 if asked.replace else last_checkpoint(run, checked['config'].probe_every)
+    spent = run.read_json('judge_usage.json') if (run/'judge_usage.json').is_file() and not asked.replace else None
     if start: run.rewind(start)
     else: run.clear()
+    if spent: run.write_json('judge_usage.json', spent)
     return start
 
 # %% ../nbs/api/05_grpo.ipynb #b3201d77

@@ -83,7 +83,8 @@ def drawn_page(rows:pd.DataFrame, # Item rows of a run
 def base_rows(run:Run, # A measured run
              )->pd.DataFrame|None: # None for the untrained model itself, or where it has no rows
     "The untrained model's rows"
-    there = [] if run.arm=='base' else [r for r in find_runs(run.path.parents[2], run.model_slug, 'base') if (r/'evals/manifest.json').is_file()]
+    measured = lambda r: (r/'evals/manifest.json').is_file() and any(t['status']=='done' for t in r.read_json('evals/manifest.json')['tasks'].values())
+    there = [] if run.arm=='base' else [r for r in find_runs(run.root, run.model_slug, 'base') if measured(r)]
     return read_rows(there[-1]) if there else None
 
 def moved_page(run:Run, # A measured run
@@ -92,10 +93,10 @@ def moved_page(run:Run, # A measured run
                seed:int=0, # Decides between equals
               )->Table: # Folded lists, by each task's endpoint
     "Where a run differs most from the untrained model, task by task"
-    base,notes = base_rows(run),run.read_json('evals/manifest.json')['tasks']
+    base,notes = base_rows(run),run.read_json(f'{run.evals}/manifest.json')['tasks']
     if base is None: return Table('<p>There is nothing to compare with: this is the untrained model, or it has not been measured.</p>')
     out = ''
     for task,g in rows.groupby('task'):
-        metric = notes[task].get('endpoint') or g.metric.iloc[0]; moved = moved_items(g, base[base.task==task], metric, n, seed)
+        metric = notes[task]['endpoint'] or g.metric.iloc[0]; moved = moved_items(g, base[base.task==task], metric, n, seed)
         out += folded(f'{task}, {metric}: {len(moved)} items', moved)
     return Table(out)

@@ -335,7 +335,7 @@ def check_grid(p:Progress)->None:
     if wrong: raise UserError(f"{wrong.note}; put it back, or remove {p.root/wrong.path} to run {wrong.job.label} again")
     seen = set()
     for s in p.states.values():
-        j = s.job; key = (j.notebook, j.model, j.arm, j.variant, j.panel)
+        j = s.job; key = (j.notebook, j.model, j.arm, j.variant, j.panel, j.params.get('model'), j.params.get('rubric'))
         if s.word in ('finished','failed') or key in seen: continue
         seen.add(key)
         if j.notebook in ('02_judge','03_train'): expected_run(j)
@@ -437,7 +437,7 @@ def _settle(self, label, found:dict)->None:
     "Write down what became of a job, and try again what died"
     self.running.pop(label, None); s,event = self.p.states[label],found['event']
     if event=='finished': found = dict(found, path=os.path.relpath(found['path'], self.p.root))
-    if found.get('skipped'): found['data'] = self.p.data(self.p.jobs[label].params.get('benchmarks', ''))
+    if found.get('skipped'): found['data'] = data_here(self.p.jobs[label].params.get('benchmarks', ''))
     self._note(label, event, **{k:v for k,v in found.items() if k!='event'})
     took = f" in {found['seconds']:.0f} s" if found.get('seconds') else ''
     self.p.states[label] = replace(s, word=event, path=found.get('path', s.path), note=found.get('error', ''), skipped=found.get('skipped', {}), row=found)

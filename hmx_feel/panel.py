@@ -515,18 +515,21 @@ class Case:
     def journal_of(self, role)->Journal|None: return None if self.journal is None else self.journal.of(self.judges.name(role))
     def layout(self, rubric, role='')->str: # Of the base judge, or of a judge model
         "How the rubric is shown to a judge"
-        return judge_layout(self.config, self.judge(role).spec.name, rubric) if role else judge_layout(self.config, self.policy.spec.name, rubric, self.saved)
+        return judge_layout(self.config, self.judge(role).spec.name, rubric) if role else judge_layout(self.config, self.policy.spec.name, rubric)
     def judge_names(self, *roles)->dict: return {r: self.judges.name(r) for r in roles}
 
 # %% ../nbs/api/06_panel.ipynb #bfb9a84b
 def judge_layout(config, # An EvaluateConfig
                  model:str, # Who judges
                  rubric:Rubric, # By what
-                 saved:dict|None=None, # config.json of the run, where its own base judge is meant
+                 url:str='', # Endpoint behind which it is
                 )->str: # rubric_first or criterion_last
-    "The layout in which a model judges: as calibrated with this rubric, else as the run was trained, else rubric_first"
+    "The layout in which a model judges, the same for all its arms: as these weights were calibrated with this rubric, else rubric_first"
+    from hmx_feel.endpoint import check_url
     from hmx_feel.exam import calibration_for
-    return (calibration_for(config.root, model, rubric) or {}).get('layout') or ((saved or {}).get('resolved') or {}).get('layout') or 'rubric_first'
+    if not find_runs(config.root, model, 'judge'): return 'rubric_first'
+    weights = check_url(url) if url else model_id(check_model(model, '', config.trust_remote_code))
+    return (calibration_for(config.root, model, rubric, weights=weights) or dict(layout='rubric_first'))['layout']
 
 def task_settings(task:Task, # A task
                   config, # An EvaluateConfig
@@ -542,7 +545,7 @@ def task_settings(task:Task, # A task
     if task.kind=='lm_eval': return out
     rubric = Rubric.load(task.rubric)
     return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=rubric.hash,
-                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', layout=judge_layout(config, model, rubric, saved), max_new=task.max_new or recipe(model).max_completion)
+                      prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', layout=judge_layout(config, model, rubric), max_new=task.max_new or recipe(model).max_completion)
 
 def reading(task:Task)->dict: # metrics, relation, endpoint
     "How the numbers of a task are to be read"

@@ -59,7 +59,7 @@ def sentences(found:Comparison, # A comparison
     out, models = [], judged_rows.model.nunique()
     if len(untaken): out.append(f"**The treatment did not take** ({which(untaken)}): expression did not move where it was meant to, so there is no verdict on its effects.")
     if len(unseen): out.append(f"**The manipulation was not measured by outside judges** ({which(unseen)}): " +
-                               ("the judge that paid saw it alone." if (unseen.took == "yes").all() else "there is no verdict about the training."))
+                               ("the base judge saw it alone." if (unseen.took == "yes").all() else "there is no verdict about the training."))
     for name, changes in {"What moved": ["up", "down"], "What did not": ["none"], "What cannot be told": ["open"]}.items():
         part = judged_rows[judged_rows.change.isin(changes)]
         more = f"; and {len(part) - most} more in the table" if len(part) > most else ""
@@ -112,7 +112,7 @@ def distrust(found:Comparison, # A comparison
     out = []
     for r in found.gate.itertuples():
         if r.took == "not measured": out.append(f"{r.model}: whether {r.arm} took was not measured")
-        elif not r.outside and r.took == "yes": out.append(f"{r.model}: that {r.arm} took was seen by the judge that paid alone ({r.measure})")
+        elif not r.outside and r.took == "yes": out.append(f"{r.model}: that {r.arm} took was seen by the base judge alone ({r.measure})")
     s = found.summary
     for (model, arm, task), share in s[s.unparsed > lost].groupby(["model", "arm", "task"]).unparsed.max().items(): out.append(f"{model}: nothing was recognised in {share:.0%} of the answers of {arm} on {task}")
     for r in s[s.missing > lost].groupby(["model", "arm", "task"]).missing.max().items(): out.append("{0}: {1} lost {2:.0%} of its values on {3}".format(r[0][0], r[0][1], r[1], r[0][2]))
@@ -246,6 +246,7 @@ def paper_count(rows:pd.DataFrame, # Rows of one arm less base, one per model an
     "Share of cells that improved or lost less than the cut-off, with its interval and what noise alone gives"
     rows = rows[rows.direction.isin(["higher", "lower", "toward_zero"]) & rows.estimate.notna() & rows.se.notna()]
     if rows.empty: return dict(ours=np.nan, low=np.nan, high=np.nan, null=np.nan, null_low=np.nan, null_high=np.nan, cells=0, lost=np.nan)
+    if relative: rows = rows[rows.value_b != 0]
     gain, se = np.array([_oriented(r) for r in rows.itertuples()]), rows.se.to_numpy(float)
     unit = np.abs(rows.value_b.to_numpy(float)) if relative else np.ones(len(rows))
     unit = np.where(unit > 0, unit, np.nan)

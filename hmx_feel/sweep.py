@@ -139,7 +139,7 @@ def result_folder(notebook:str, # Name of an experiment notebook
                  )->Path: # The folder in which its result lies
     "Where an experiment notebook with this config has left its result: the newest that fits"
     if notebook in ('05_compare','06_figures'): return compare_folder(config)
-    if getattr(config, 'run', ''): return Path(config.run).expanduser()
+    if notebook!='02_judge' and getattr(config, 'run', ''): return Path(config.run).expanduser()
     arm = 'judge' if notebook=='02_judge' else 'base' if config.arm=='base' else load_arm(config.arm).name
     runs = find_runs(config.root, config.model, arm, None if arm in UNSEEDED else config.seed, finished=arm!='base')
     if not runs: raise UserError(f"no run of {config.model} {arm} under {config.root}")

@@ -10,6 +10,15 @@ os.environ["MPLBACKEND"] = "agg"
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"): os.environ.pop(name, None)  # `make test` started us; the make that a test starts is another
 
 
+LONG = ("test_notebooks", "test_resume", "test_judges_at_work", "test_grpo", "test_house", "test_bench", "test_cli")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take long begin first, so that no process ends with one of them alone"
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runs(tmp_path_factory):
     "A root for runs that this session throws away; the checkout's own runs/ is left alone."

@@ -50,7 +50,7 @@ def set_onset(run, step): run.update_json("result.json", dict(onset=step and dic
 def calibrated(run, monkeypatch, **kw):
     "As if the judge had been calibrated"
     known = dict(fit=True, at_chance=[], sentence="tiny is fit to judge hmx-feel; no criterion is at chance.") | kw
-    monkeypatch.setattr(cards, "calibration_for", lambda root, model, rubric: known)
+    monkeypatch.setattr(cards, "calibration_for", lambda root, model, rubric, **which: known)
 
 
 # --- the first line ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hmx_feel import panel as module
-from hmx_feel.judge import Judge
+from hmx_feel.judge import Judge, judge_prompt
 from hmx_feel.panel import (
     Skipped,
     Task,
@@ -38,7 +38,7 @@ from hmx_feel.panel import (
 )
 from hmx_feel.policy import Spec, check_model, load_policy, model_id, put_adapter
 from hmx_feel.rubric import Rubric, load_prompts
-from hmx_feel.runs import EvaluateConfig, Run, UserError, find_runs
+from hmx_feel.runs import EvaluateConfig, Run, UserError, content_hash, find_runs
 from hmx_feel.stats import paired
 
 torch.set_num_threads(1)
@@ -514,12 +514,16 @@ def test_a_measure_writes_down_the_judges_that_it_reads(stand_in):
     assert of("deep", f"cross={other},judge={other}", measure="hmx_feel.expression.measured", options=dict(judges=["cross"])) == dict(cross=name)
 
 
-def test_the_layout_is_that_of_the_calibration_else_of_the_training(config, monkeypatch):
-    from hmx_feel import exam
-    task, layout = load_panel(config.panel)["expression"], lambda saved: module.task_settings(task, config, "m", "w", saved)["layout"]
-    assert layout(None) == "rubric_first" and layout(dict(resolved=dict(layout="criterion_last"))) == "criterion_last"
-    monkeypatch.setattr(exam, "calibration_for", lambda root, model, rubric: dict(layout="rubric_first"))
-    assert layout(dict(resolved=dict(layout="criterion_last"))) == "rubric_first"
+def test_the_layout_is_that_of_the_calibration(config, monkeypatch, tmp_path):
+    "of these very weights; without one all arms of a model are judged rubric first"
+    task, mine = load_panel(config.panel)["expression"], config.model_copy(update=dict(runs=str(tmp_path)))
+    layout = lambda: module.task_settings(task, mine, mine.model, "w")["layout"]
+    assert layout() == "rubric_first"
+    known = dict(rubric=Rubric.load(task.rubric).hash, judge_prompt=content_hash(judge_prompt()))
+    for weights, found in (("others", "rubric_first"), (model_id(check_model(mine.model)), "criterion_last")):
+        run = Run.create(tmp_path, mine.model, "judge", 0, known | dict(weights=weights))
+        run.write_json("calibration.json", dict(layout="criterion_last")); run.finish({})
+        assert layout() == found
 
 
 def test_data_that_cannot_be_reached_skip_the_task(config, folder, monkeypatch):
