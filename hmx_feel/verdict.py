@@ -153,9 +153,9 @@ def plan_of(config, # CompareConfig
     path = frozen_plan(config.root)
     frozen = load_plan(path) if path else None
     if config.plan and (frozen is None or load_plan(config.plan).rules != frozen.rules): return load_plan(config.plan)
-    return frozen or _fitting(tasks)
+    return frozen or _shipped_for(tasks)
 
-def _fitting(tasks)->Plan:
+def _shipped_for(tasks)->Plan:
     "The shipped plan of whose endpoints most can be measured by these tasks"
     shipped = {n: load_plan(n) for n in data_names("tasks/plans")}
     fits = {n: np.mean([all(t.task in tasks for t in e.parts.values()) for e in p.endpoints]) for n, p in shipped.items()}
@@ -169,7 +169,7 @@ def freeze_for(config, # CompareConfig
     "The frozen plan of a comparison that is to come; where there is none yet, the one it would use is frozen today"
     path = frozen_plan(config.root)
     if path and not replace: return path
-    plan = load_plan(config.plan) if config.plan else _fitting({t.name for p in map(load_panel, panels) for t in p.tasks})
+    plan = load_plan(config.plan) if config.plan else _shipped_for({t.name for p in map(load_panel, panels) for t in p.tasks})
     return freeze(plan, config.root, datetime.date.today().isoformat(), replace, panels, prompts)
 
 # %% ../nbs/api/07a_verdict.ipynb #5d263c98

@@ -88,12 +88,13 @@ def test_an_onset_at_or_after_the_released_step_is_no_warning(run, monkeypatch):
     assert "None was found." in model_card(run)
 
 
-def test_the_judge_behind_an_address_is_uncalibrated_and_its_address_stays_here(run, monkeypatch):
-    calibrated(run, monkeypatch)
+def test_a_judge_behind_an_address_has_its_own_calibration_and_its_address_stays_here(run, monkeypatch):
+    monkeypatch.setattr(cards, "calibration_for", lambda root, model, rubric, weights: dict(fit=False, at_chance=[], sentence="big-judge is not fit.") if weights.endswith(known) else None)
     saved = run.read_json("config.json")
     run.update_json("config.json", dict(resolved=saved["resolved"] | dict(judge="external", judge_model="big-judge", judge_url="http://10.0.0.7:8000/v1")))
-    text = model_card(run)
-    assert UNCALIBRATED in text and "another model, big-judge, behind an endpoint" in text and "10.0.0.7" not in text
+    for known, said in (("no such", UNCALIBRATED), ("10.0.0.7:8000/v1", "the judge that paid was found unfit: big-judge is not fit")):
+        text = model_card(run)
+        assert said in text and "another model, big-judge, behind an endpoint" in text and "10.0.0.7" not in text
 
 
 @pytest.mark.parametrize("name", [a for a in arm_names() if load_arm(a).trained])

@@ -68,8 +68,8 @@ def planted(policy, rows, **texts):
                          for c, v in zip(scores.ids, line, strict=True)])[COLUMNS]
 
 
-def test_other_judges_read_the_same_answers(rows, cross, server, policy):
-    case = SimpleNamespace(config=SimpleNamespace(samples=1, temperature=1., min_mass=.5, batch_size=16), limit=2, judge=lambda role: cross.policy, journal=None, layout=lambda rubric, role="": "rubric_first")
+def test_other_judges_read_the_same_answers(rows, cross, server, policy, tmp_path):
+    case = SimpleNamespace(config=SimpleNamespace(root=tmp_path, samples=1, temperature=1., min_mass=.5, batch_size=16), limit=2, judge=lambda role: cross.policy, journal=None, layout=lambda rubric, role="": "rubric_first")
     got, about = measured(policy, case, kinds=["plain"], judges=["other"], endpoints=dict(outside=dict(url=server, model="m")), max_new=8)
     assert about["judges"] == ["base", "other", "outside"] and about["prompts"] == 2
     outside = got[got.metric.str.startswith("outside.")]
