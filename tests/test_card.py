@@ -89,10 +89,12 @@ def test_an_onset_at_or_after_the_released_step_is_no_warning(run, monkeypatch):
 
 
 def test_a_judge_behind_an_address_has_its_own_calibration_and_its_address_stays_here(run, monkeypatch):
-    monkeypatch.setattr(cards, "calibration_for", lambda root, model, rubric, weights: dict(fit=False, at_chance=[], sentence="big-judge is not fit.") if weights.endswith(known) else None)
+    place = []
+    monkeypatch.setattr(cards, "calibration_for", lambda root, model, rubric, weights: dict(fit=False, at_chance=[], sentence="big-judge is not fit.") if weights in place else None)
     saved = run.read_json("config.json")
     run.update_json("config.json", dict(resolved=saved["resolved"] | dict(judge="external", judge_model="big-judge", judge_url="http://10.0.0.7:8000/v1")))
-    for known, said in (("no such", UNCALIBRATED), ("10.0.0.7:8000/v1", "the judge that paid was found unfit: big-judge is not fit")):
+    for known, said in (("", UNCALIBRATED), ("http://10.0.0.7:8000/v1", "the judge that paid was found unfit: big-judge is not fit")):
+        place.append(known)
         text = model_card(run)
         assert said in text and "another model, big-judge, behind an endpoint" in text and "10.0.0.7" not in text
 
