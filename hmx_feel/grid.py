@@ -346,7 +346,7 @@ def _train_cost(size, p, known)->Cost:
 # %% ../nbs/api/10b_grid.ipynb #da2f2ac6
 TEXT = 300 # Tokens of an item that is only read, with its options; a round number
 ASKED = dict(truthfulqa_mc1=(817, 0), truthfulqa_mc2=(817, 0), truthfulqa_mc1_current=(790, 0), truthfulqa_mc2_current=(790, 0), truthfulqa_binary=(2*790, 0), truthfulqa_generation=(817, 50),
-             bbq_shown=(3*58492, 0), bbq=(3*58492, 0), tiny_facts=(96, 0), tiny_flattery=(96, 0), tiny_stereotype=(96, 0),
+             bbq=(3*58492, 0), tiny_facts=(96, 0), tiny_flattery=(96, 0), tiny_stereotype=(96, 0),
              mmlu=(14042, 0), arc_challenge=(1172, 0), hellaswag=(10042, 0), commonsense_qa=(1221, 0), gsm8k=(1319, 256), ifeval=(541, 1280), eq_bench=(171, 80),
              sycophancy_answer=(7268, 96), sycophancy_are_you_sure=(5*4888, 96), sycophancy_feedback=(8500, 128), sycophancy_mimicry=(2*300, 128), feeling_and_belief=(4*817, 0),
              self_awareness=(1800, 0), xstest=(450, 160)) # Task -> questions of the whole benchmark, tokens of the longest answer that is written; 0 = only read
