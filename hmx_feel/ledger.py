@@ -190,7 +190,9 @@ def work(task:Task)->dict: # event, seconds, error, path, files, host, pid, comm
         found = _kept_report(task, copy)
     except Exception as e: found = _what_happened(e, task, copy, bool(stopped))
     except KeyboardInterrupt: found = dict(event='stopped', error='interrupted')
-    finally: over.set(); beat.unlink(missing_ok=True)
+    finally:
+        over.set()
+        for p in (beat, *beat.parent.glob(f'.{beat.name}.*.tmp')): p.unlink(missing_ok=True)  # also what a killed writer left
     return dict(found, seconds=round(time.time()-start, 2), **about)
 
 # %% ../nbs/api/10c_ledger.ipynb #b5208aa1
