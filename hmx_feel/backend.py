@@ -10,7 +10,7 @@ __all__ = ['log', 'BACKENDS', 'SEEN', 'RULES', 'HELD', 'SHAPES', 'CARDS', 'choos
            'check_memory', 'card_defaults']
 
 # %% ../nbs/api/02a_backend.ipynb #f39d42d8
-import importlib.util,logging,sys
+import importlib.util,logging,math,sys
 from dataclasses import dataclass
 from importlib import metadata
 from .runs import UserError,nearest
@@ -275,6 +275,9 @@ def _layer_bytes(s:Shape, b:int, T:int)->float: # Bytes that one layer keeps per
     wide = (10 + 2*(s.norms-2))*s.hidden + 6*s.heads*s.head_dim + 4*s.kv_heads*s.head_dim + 4*s.inner
     return b*(wide + s.eager*4*s.heads*T)
 
+def _held(prompt, completion, backend)->int: # Tokens whose keys and values a completion holds while it is written
+    return prompt + (completion if backend!='unsloth' else 256*math.ceil((prompt+1+max(completion, 512))/256))
+
 def _training(s, b, rows, prompt, completion, checkpointing, backend)->dict: # Bytes: activations, logits
     T = prompt+completion; layer = rows*T*_layer_bytes(s, b, T)
     kept = (2 if backend=='unsloth' else s.layers)*rows*T*s.hidden*b if checkpointing else (s.layers-1)*layer
@@ -316,12 +319,12 @@ def estimate_memory(config:dict, # What config.json holds
                     ema:bool=False, # Whether a running average of the adapter is kept
                     judge_configs:tuple=(), # config.json of each judge with weights of its own on the same device
                    )->Estimate: # GiB: weights, adapter, heads, generation, judge, activations, logits, overhead, total
-    "How much memory a run takes; unverified until measured"
+    "How much memory a run takes, by formula"
     asked = dict(locals()); s,b = shape_of(config),_BYTES[dtype]; n = count_parameters(s)
     others = [shape_of(c) for c in judge_configs]
     out = dict(weights=(n['total']-n['linear'])*b + n['linear']*(_4BIT if load_in_4bit else b) + sum(count_parameters(j)['total'] for j in others)*b,
                adapter=lora_parameters(s, lora_r)*(20 if ema else 16), heads=head*(4*_kv(s, b) + sum(_kv(j, b) for j in others)),
-               generation=completions_per_step*((max_prompt+max_completion)*_kv(s, b) + 5*4*s.vocab),
+               generation=completions_per_step*(_held(max_prompt, max_completion, backend)*_kv(s, b) + 5*4*s.vocab),
                judge=max(_judging(j, b, token_budget, head, max_prompt, group_size if packed else 1, max_completion, queries, criteria) for j in (s, *others)),
                **_training(s, b, micro_batch, max_prompt, max_completion, gradient_checkpointing, backend))
     phase = max(out['generation'], out['judge'], out['activations']+out['logits'])
@@ -343,10 +346,11 @@ def free_memory()->float|None: # GiB; None without a GPU
 # %% ../nbs/api/02a_backend.ipynb #e2c1ca8b
 _LOWER = dict(micro_batch=lambda a: a['micro_batch']//2 if a['micro_batch']%2==0 and a['micro_batch']>1 else None,
               token_budget=lambda a: a['token_budget']//2 if a['token_budget']>=2048 else None,
+              backend=lambda a: 'trl' if a['backend']=='unsloth' else None,
               load_in_4bit=lambda a: None if a['load_in_4bit'] or a['dtype']=='float32' else True,
               max_completion=lambda a: a['max_completion']//2 if a['max_completion']>=64 else None,
               lora_r=lambda a: a['lora_r']//2 if a['lora_r']>=8 else None)
-_FIRST = dict(weights='load_in_4bit', judge='token_budget', activations='micro_batch', logits='micro_batch')
+_FIRST = dict(weights='load_in_4bit', generation='backend', judge='token_budget', activations='micro_batch', logits='micro_batch')
 
 def _largest(e:Estimate)->str: return max((k for k in e if k not in ('total','overhead')), key=e.get)
 
@@ -375,7 +379,7 @@ def check_memory(e:Estimate, # From `estimate_memory`
                 )->None:
     "Refuse a run that cannot fit, and say what to lower"
     if available is None or e['total']<=available: return
-    say = lambda k,v: f"set {k}={v}" if isinstance(v, bool) else f"lower {k} from {e.asked[k]} to {v}"
+    say = lambda k,v: f"set {k}={v}" if isinstance(v, (bool,str)) else f"lower {k} from {e.asked[k]} to {v}"
     do = ', '.join(say(k, v) for k,v in what_fits(e, available).items()) or 'no setting makes it fit, take a smaller model or a larger card'
     raise UserError(f"memory: about {e['total']:.1f} GiB are needed and {available:.1f} are free (estimated, not measured); the largest part is {_largest(e)} with {e[_largest(e)]:.1f}: {do}")
 

@@ -9,6 +9,7 @@ the family's rules for beginning-of-sequence tokens and chat templates, written 
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
 FAMILIES = ("qwen3", "gemma2", "llama")
@@ -141,6 +142,14 @@ def let_it_end(net, end, size, every=12):
             rows[end, 0] = (low + high) / 2
             chance = torch.sigmoid(hidden @ rows[end] - logits.logsumexp(-1)).mean()
             low, high = (rows[end, 0].item(), high) if chance < 1 / every else (low, rows[end, 0].item())
+
+
+def exactly(trainer, tok, n):
+    "Let every completion of a trainer have n tokens: whole words, then the end of the turn"
+    words = {i for t, i in tok.get_vocab().items() if re.fullmatch("Ġ[a-z]+", t)}
+    how = trainer.generation_config
+    how.min_new_tokens, how.forced_eos_token_id = n - 1, tok.eos_token_id
+    how.suppress_tokens = sorted(set(range(len(tok))) - words - {tok.eos_token_id})
 
 
 def make_standin(family, folder, size="small", split_labels=False, seed=0, corpus=None):
