@@ -243,15 +243,20 @@ def run_export(argv:list)->int:
 
 def run_cassette(argv:list)->int:
     "Record an evaluated run, or make a run folder of a record"
-    parser = _Parser(prog='hmx-feel cassette', usage='hmx-feel cassette write RUN FILE | play FILE [--runs FOLDER]', description=OTHERS['cassette'])
+    parser = _Parser(prog='hmx-feel cassette', usage='hmx-feel cassette write RUN FILE [--step N] [--dose D] | play FILE [--runs FOLDER]', description=OTHERS['cassette'])
     parser.add_argument('action', choices=['write','play'])
     parser.add_argument('paths', nargs='+', metavar='RUN FILE | FILE')
     parser.add_argument('--runs', default='', help='play: folder of all runs (default: $HMX_RUNS, else runs/)')
+    parser.add_argument('--step', type=int, default=0, help='write: the checkpoint that was evaluated (default: 0, the end)')
+    parser.add_argument('--dose', type=float, default=1., help='write: the dose that was evaluated (default: 1)')
     given = _parse(parser, argv); paths = given['paths']
     from hmx_feel.cassette import play,write_cassette
+    from hmx_feel.panel import evals_folder
     needs = dict(write=2, play=1)[given['action']]
     if len(paths)!=needs: raise UserError(f"cassette {given['action']}: found {len(paths)} paths, allowed: {'a run folder and a file' if needs==2 else 'one file'}")
-    if needs==2: print(write_cassette(Run.open(paths[0]), paths[1]))
+    if needs==2:
+        run = Run.open(paths[0]); run.evals = evals_folder(given['step'], given['dose'])
+        print(write_cassette(run, paths[1]))
     else: print(play(paths[0], check_writable(runs.runs_root(given['runs']))).path)
     return 0
 

@@ -6,14 +6,14 @@
 __all__ = ['ENDS', 'LEAVES', 'WORDS', 'Ledger', 'shipped_hash', 'folder_hash', 'own_stamp', 'stamp_of', 'files_of', 'edited',
            'spot_of', 'elsewhere', 'Task', 'work', 'skipped_tasks', 'State', 'judged_by_ledger', 'expected_run',
            'data_here', 'Progress', 'check_grid', 'make_view', 'measured_otherwise', 'task_of', 'Driver', 'run_grid',
-           'status', 'status_text', 'commits']
+           'freeze_plan', 'status', 'status_text', 'commits']
 
 # %% ../nbs/api/10c_ledger.ipynb #f076320f
 import functools,hashlib,os,platform,re,shutil,signal,threading,time
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import hmx_feel
-from .runs import BEAT,SCHEMA,Run,UserError,_alive,_commit,append_jsonl,content_hash,hold,model_slug,noting_signals,read_json,read_jsonl,split_list,write_json,write_text
+from .runs import BEAT,SCHEMA,CompareConfig,Run,UserError,_alive,_commit,append_jsonl,content_hash,hold,model_slug,noting_signals,read_json,read_jsonl,split_list,write_json,write_text
 from .rubric import load_arm,read_yaml
 from .panel import panel_path
 from .data import benchmark_folder,cache_folder,sources
@@ -490,10 +490,20 @@ def run_grid(grid:Grid, # What to run
         check_grid(p)
         write_json(folder/'grid.json', dict(grid.model_dump(), schema=SCHEMA))
         if not _left(p, again): return p
+        freeze_plan(p)
         executor = make_executor()
         try: Driver(p, executor, retries, again, say).go()
         finally: executor.close()
     return p
+
+def freeze_plan(p:Progress)->None:
+    "Fix the plan of a grid's comparison in the grid's folder, before its first run"
+    from hmx_feel.verdict import freeze_for
+    jobs = [s.job for s in p.states.values()]; compared = [j.params for j in jobs if j.notebook=='05_compare']
+    if not compared: return
+    panels = tuple(dict.fromkeys(j.panel for j in jobs if j.notebook=='04_evaluate'))
+    prompts = next((j.params['prompts'] for j in jobs if j.notebook=='03_train' and j.params.get('prompts')), 'hmx-feel')
+    freeze_for(CompareConfig(plan=compared[0].get('plan', ''), runs=compared[0]['runs']), panels, prompts)
 
 def _left(p:Progress, again:bool)->bool:
     "Whether there is anything to do; what was found without a line of its own gets one"

@@ -77,9 +77,17 @@ def test_a_comparison_from_cassettes_is_the_comparison(planted, tmp_path, capsys
     for run in find_runs(planted):
         tape = tmp_path / f"{run.id8}.jsonl.gz"
         assert main(["cassette", "write", str(run.path), str(tape)]) == 0 and main(["cassette", "play", str(tape), "--runs", str(tmp_path / "again")]) == 0
+    assert main(["cassette", "write", str(run.path), str(tmp_path / "x"), "--step", "5"]) == 2 and "evals/step-000005" in capsys.readouterr().err
     assert main(["cassette", "play", "a", "b"]) == 2 and "found 2 paths, allowed: one file" in capsys.readouterr().err
     done = subprocess.run([sys.executable, "-c", COMPARE, planted, tmp_path / "again"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = {p.relative_to(planted).as_posix(): p.read_bytes() for p in (planted / "compare").rglob("*.csv")}
     assert len(made) > 5 and any("forest" in n for n in made)
     assert made == {p.relative_to(tmp_path / "again").as_posix(): p.read_bytes() for p in (tmp_path / "again" / "compare").rglob("*.csv")}
+
+
+@pytest.mark.parametrize("data, said", [({}, ""), (dict(commit="c1", files=dict(a=dict(commit="c2"))), "c1"), (dict(files=dict(test=dict(commit="c1", sha1="s"), train=dict(commit="c1"))), "c1"),
+                                        (dict(files=dict(a=dict(commit="c1"), b=dict(sha1="s2"))), "c1 s2"), (dict(files=[dict(sha1="s1")]), "s1")])
+def test_the_version_of_data_in_several_files(data, said):
+    from hmx_feel.export import version_of
+    assert version_of(data) == said

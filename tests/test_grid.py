@@ -30,6 +30,7 @@ from hmx_feel import executors, ledger, runs
 from hmx_feel.grid import load_grid
 from hmx_feel.ledger import Ledger, status, status_text
 from hmx_feel.plan import make_plan, plan_text
+from hmx_feel.rubric import read_yaml
 from hmx_feel.runs import UserError, read_json, read_jsonl, write_json
 
 here = Path(__file__).resolve().parent
@@ -69,6 +70,8 @@ def test_all_is_there(whole):
     rows = read_json(next(whole.glob("grids/toys/compare/tiny/contrasts.json")))["rows"]
     assert len(rows) == 5, "the untrained model and four runs"
     assert all(p.is_symlink() and p.resolve().is_dir() for p in whole.glob("grids/toys/view/all/*/*/*"))
+    frozen = read_yaml(whole / "grids/toys/plan.yaml")
+    assert frozen["frozen"]["runs"] == [] and frozen["panels"], "the plan was fixed before the first run"
 
 
 def test_a_second_time_nothing_is_run(whole, toys):
