@@ -313,5 +313,5 @@ def calibration(table:pd.DataFrame, # name, value, low, high, nominal, group: ra
         ax.margins(x=.12)
         ax.set_title(g)
         _row_grid(ax)
-        ax.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True)); ax.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     return fig, table
