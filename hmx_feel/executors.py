@@ -46,7 +46,7 @@ def environment_of(need:Need, # Of the task
                    gpu:int|None=None, # Its GPU, by number
                   )->dict: # Names to text
     "The environment variables that keep a task to what it was given"
-    out = dict(OMP_NUM_THREADS=str(need.threads), MKL_NUM_THREADS=str(need.threads), TOKENIZERS_PARALLELISM='false', MPLBACKEND=os.environ.get('MPLBACKEND', 'agg'))
+    out = dict(OMP_NUM_THREADS=str(need.threads), MKL_NUM_THREADS=str(need.threads), TOKENIZERS_PARALLELISM='false')
     return out | ({} if gpu is None else dict(CUDA_VISIBLE_DEVICES=str(gpu)))
 
 # %% ../nbs/api/10a_executors.ipynb #8cca5f84

@@ -377,6 +377,11 @@ def test_overhead(monkeypatch):
     assert (time.perf_counter() - start) / 200 < .05
 
 
+def test_a_kernel_is_not_told_how_to_draw():
+    "With a backend of ours in its environment its executed notebook would hold no figures"
+    assert "MPLBACKEND" not in executors.environment_of(executors.Need())
+
+
 def test_one_run_per_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
     ex = executors.Local(workers=8)
