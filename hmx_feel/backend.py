@@ -58,7 +58,7 @@ RULES = [Rule('unsloth', 'torch', '>=2.4,<2.15', _PINS),
          Rule('unsloth', 'datasets', '>=3.4.1,<5,!=4.0.*,!=4.1.0,!=4.4.*,!=4.5.0', _PINS),
          Rule('unsloth', 'peft', '>=0.18', _PINS),
          Rule('unsloth', 'bitsandbytes', '>=0.45.5,!=0.46.0,!=0.48.0', _PINS),
-         Rule('unsloth', 'unsloth', '==2026.10.9', "its loader was read at this version", refused=False),
+         Rule('unsloth', 'unsloth', '==2026.10.9', "it was run at this version", refused=False),
          Rule('trl', 'trl', '<1.15', "its GRPO calls a Triton kernel, which needs a GPU", cpu_only=True),
          Rule('trl', 'trl', '>=1.12,<1.13', "the training loop was run with these versions", refused=False)]
 
@@ -370,7 +370,7 @@ def what_fits(e:Estimate, # What does not fit
     x = e
     for name in order: x = _shrink(x, available, name)
     if x['total']>available: return {}
-    for name in differ(x): x = _shrink(x.again(**{name: e.asked[name]}), available, name)
+    for name in [*differ(x)]*2: x = _shrink(x.again(**{name: e.asked[name]}), available, name)
     return differ(x)
 
 # %% ../nbs/api/02a_backend.ipynb #a52c69c8

@@ -57,6 +57,7 @@ def run_rows(run:Run)->pd.DataFrame: # Columns TIDY
 def version_of(data:dict)->str: # Empty where the note names none
     "The version of a task's data, those of its several files once each"
     parts = data.get('files'); parts = list(parts.values()) if isinstance(parts, dict) else parts or []
+    if not parts and data and all(isinstance(v, str) and re.fullmatch('[0-9a-f]{40}', v) for v in data.values()): parts = [dict(sha1=v) for v in data.values()]
     said = [next((str(d[k]) for k in ('version','commit','revision','rubric_hash','sha1') if d.get(k)), '') for d in (data, *parts) if isinstance(d, dict)]
     return said[0] or ' '.join(dict.fromkeys(filter(None, said)))
 

@@ -334,6 +334,10 @@ class Cost:
     uncounted:tuple=() # Tasks of a panel whose size is not known here
 
 GIB = 2**30
+def _backends(size, asked:str)->tuple: # What may train it there
+    from hmx_feel.backend import shape_of
+    return (asked,) if asked!='auto' else ('trl',) if not size.gpu or shape_of(size.config).eager else ('trl','unsloth')
+
 def _train_cost(size, p, known)->Cost:
     from hmx_feel.backend import estimate_memory
     takes = dict(dtype=p['dtype'] if p.get('dtype','auto')!='auto' else size.dtype, lora_r=p['lora_r'], micro_batch=p['micro_batch'] or 8, completions_per_step=p['completions_per_step'], group_size=p['group_size'],
@@ -341,7 +345,8 @@ def _train_cost(size, p, known)->Cost:
     seconds = step_seconds(size, p['completions_per_step'], p['max_completion']) if known is None else known[0]*p['completions_per_step']*p['max_completion']/known[1]
     saves,a = p['steps']/p['save_every'],4*size.adapter
     rows = p['steps']*p['completions_per_step']*(4*p['max_completion']+400)
-    return Cost(estimate_memory(size.config, **takes)['total'], (p['steps']*seconds + ASSUMED[size.gpu]['start'])/3600, ((saves+1)*a + 2*2*a + rows)/GIB, size.gpu, known is not None)
+    memory = max(estimate_memory(size.config, backend=b, **takes)['total'] for b in _backends(size, p.get('backend', 'auto')))
+    return Cost(memory, (p['steps']*seconds + ASSUMED[size.gpu]['start'])/3600, ((saves+1)*a + 2*2*a + rows)/GIB, size.gpu, known is not None)
 
 # %% ../nbs/api/10b_grid.ipynb #da2f2ac6
 TEXT = 300 # Tokens of an item that is only read, with its options; a round number

@@ -490,20 +490,32 @@ def run_grid(grid:Grid, # What to run
         check_grid(p)
         write_json(folder/'grid.json', dict(grid.model_dump(), schema=SCHEMA))
         if not _left(p, again): return p
-        freeze_plan(p)
+        freeze_plan(p, say)
         executor = make_executor()
         try: Driver(p, executor, retries, again, say).go()
         finally: executor.close()
     return p
 
-def freeze_plan(p:Progress)->None:
-    "Fix the plan of a grid's comparison in the grid's folder, before its first run"
-    from hmx_feel.verdict import freeze_for
-    jobs = [s.job for s in p.states.values()]; compared = [j.params for j in jobs if j.notebook=='05_compare']
-    if not compared: return
+def _trained(p:Progress)->dict: # Arm -> rubric and prompts, hashes, where all its runs agree
+    "What the runs of a grid are trained with"
+    from hmx_feel.grpo import check_run
+    said,seen = {},set()
+    for s in p.states.values():
+        j = s.job; key = (j.model, j.arm, j.variant)
+        if j.notebook!='03_train' or key in seen or s.word=='failed': continue
+        seen.add(key)
+        if s.word=='finished': run = Run(p.root/s.path); arm,identity = run.arm,run.identity
+        else: checked = check_run(config_of(j.notebook, j.params)); arm,identity = checked['arm'].name,checked['identity']
+        said.setdefault(arm, []).append({k: identity[k] for k in ('rubric','prompts') if k in identity})
+    return {a: {k: v for k,v in rows[0].items() if all(r.get(k)==v for r in rows)} for a,rows in said.items()}
+
+def freeze_plan(p:Progress, say)->None:
+    "Fix the plan of a grid's comparison in the grid's folder, unless it has one"
+    from hmx_feel.verdict import freeze_for,frozen_plan
+    jobs = [s.job for s in p.states.values()]; compared = [CompareConfig(plan=j.params.get('plan', ''), runs=j.params['runs']) for j in jobs if j.notebook=='05_compare']
+    if not compared or frozen_plan(compared[0].root): return
     panels = tuple(dict.fromkeys(j.panel for j in jobs if j.notebook=='04_evaluate'))
-    prompts = next((j.params['prompts'] for j in jobs if j.notebook=='03_train' and j.params.get('prompts')), 'hmx-feel')
-    freeze_for(CompareConfig(plan=compared[0].get('plan', ''), runs=compared[0]['runs']), panels, prompts)
+    say(f"plan: frozen, {freeze_for(compared[0], panels, trained=_trained(p))}")
 
 def _left(p:Progress, again:bool)->bool:
     "Whether there is anything to do; what was found without a line of its own gets one"

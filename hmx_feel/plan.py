@@ -154,7 +154,7 @@ def _feet(plan:Plan)->list[str]:
     if weights: out.append(f"Weights of {len(away)} models: {gib(weights)} more, once.")
     how = [ASSUMED[g]['what'] for g in gpu]
     out.append("Times are counted from tokens and parameters for " + ' and for '.join(how) + "; nobody has measured them." + (" What has run here before was taken at the time it took." if total.measured else " Once something has run here, its own time is taken.")) if how else None
-    if any(gpu): out.append("Memory is that of a GPU, estimated. Lower micro_batch, or set load_in_4bit where the notebook has it, if a card is too small.")
+    if any(gpu): out.append("Memory is that of a GPU, estimated, for the library that needs more. Set backend=trl, lower micro_batch, or set load_in_4bit where the notebook has it, if a card is too small.")
     if any(gpu): out.append("Hours are of one GPU, one notebook at a time; several GPUs share them.")
     if lost := sorted({t for _,c,_ in plan.rows for t in c.uncounted}): out.append(f"Tasks whose size is not known here are not counted: {', '.join(lost)}.")
     if total.unknown: out.append(f"{total.unknown} notebooks of models whose config.json is not here are not counted.")

@@ -130,6 +130,7 @@ def freeze(plan:Plan, # What to fix
            replace:bool=False, # Write over a plan that is there; its hash is kept
            panels:tuple=(), # Panels, by name or file
            prompts:str="hmx-feel", # Prompts of the training
+          trained:dict|None=None, # Arm -> hashes of the rubric and of the prompts that its runs are trained with; None = as the arm ships, on `prompts`
           )->Path: # plan.yaml
     "Write the plan beside the runs that are to come"
     path, before = _homes(root)[0] / PLAN, []
@@ -137,14 +138,20 @@ def freeze(plan:Plan, # What to fix
         old = read_yaml(path).get("frozen", {})
         if not replace: raise UserError(f"{path}: found a plan frozen on {old.get('on', 'some day')}, allowed: none; pass replace=True to fix another one")
         before = [*old.get("before", []), dict(on=old.get("on"), hash=old.get("hash"))]
-    rubrics = {a: load_arm(a).load_rubric() for c in plan.contrasts for a in (c.a, c.b) if a in arm_names()}
-    trained = {a: content_hash([p.model_dump() for p in train_prompts(load_prompts(prompts), r)]) for a, r in rubrics.items() if load_arm(a).trained}
-    plan = plan.model_copy(update=dict(rubrics={a: r.hash for a, r in rubrics.items()}, prompts=trained, judge_prompt=content_hash(judge_prompt()), panels={p.name: p.hash for p in map(load_panel, panels)}))
+    if trained is None: trained = _as_shipped(plan, prompts)
+    of = lambda what: {a: t[what] for a, t in trained.items() if what in t}
+    plan = plan.model_copy(update=dict(rubrics=of("rubric"), prompts=of("prompts"), judge_prompt=content_hash(judge_prompt()), panels={p.name: p.hash for p in map(load_panel, panels)}))
     runs = [r for r in find_runs(_homes(root)[-1], finished=False) if r.arm not in UNSEEDED]
     there = [f"{r.model_slug}/{r.arm}/{r.path.name}" for r in runs if r.finished]
     tried = len({r.identity["rubric"] for r in runs if "rubric" in r.identity})
     plan = plan.model_copy(update=dict(frozen=dict(on=date, hash=plan.hash, runs=sorted(there), rubrics_tried=tried) | (dict(before=before) if before else {})))
     return write_text(path, yaml.safe_dump(plan.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=140))
+
+def _as_shipped(plan, prompts):
+    "What the shipped arms of a plan are trained with"
+    rubrics = {a: load_arm(a).load_rubric() for c in plan.contrasts for a in (c.a, c.b) if a in arm_names()}
+    asked = lambda r: content_hash([p.model_dump() for p in train_prompts(load_prompts(prompts), r)])
+    return {a: dict(rubric=r.hash, **(dict(prompts=asked(r)) if load_arm(a).trained else {})) for a, r in rubrics.items()}
 
 def plan_of(config, # CompareConfig
             tasks=(), # Tasks that were measured
@@ -165,12 +172,13 @@ def freeze_for(config, # CompareConfig
                panels:tuple=(), # Panels that the runs will be measured with
                prompts:str="hmx-feel", # Prompts of the training
                replace:bool=False, # Freeze again
+               trained:dict|None=None, # As for `freeze`
               )->Path: # plan.yaml, of now or of before
     "The frozen plan of a comparison that is to come; where there is none yet, the one it would use is frozen today"
     path = frozen_plan(config.root)
     if path and not replace: return path
     plan = load_plan(config.plan) if config.plan else _shipped_for({t.name for p in map(load_panel, panels) for t in p.tasks})
-    return freeze(plan, config.root, datetime.date.today().isoformat(), replace, panels, prompts)
+    return freeze(plan, config.root, datetime.date.today().isoformat(), replace, panels, prompts, trained)
 
 # %% ../nbs/api/07a_verdict.ipynb #5d263c98
 class Notes(list):

@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 GROUPS, EACH, TOKENS = 8, 8, 200
 
 
-def make_model(name, folder, smoke=False, every=None):
-    "Random weights in the configuration of a known model, which write tokens of the tokenizer only and end at about every such one; returns the folder"
-    import math
+def make_model(name, folder, smoke=False):
+    "Random weights in the configuration of a known model, which write tokens of the tokenizer only; returns the folder"
     import torch
     from hmx_feel.backend import SHAPES
     from standins import SIZES, make_tokenizer
@@ -37,7 +36,6 @@ def make_model(name, folder, smoke=False, every=None):
         rows = net.get_input_embeddings().weight
         rows[:, 0] = .6
         rows[len(tok):, 0] = -.6
-        if every: rows[tok.eos_token_id, 0] += math.log(len(tok) / every) / net.model(input_ids=torch.arange(len(tok), device=device)[None]).last_hidden_state[..., 0].float().mean()
     net.generation_config.eos_token_id = tok.eos_token_id
     net.save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -147,20 +145,23 @@ def main():
     a = ask.parse_args()
     if a.one: return one(json.loads(a.one))
     import torch
+    from hmx_feel.backend import SHAPES
     from measured import merge
+    if a.out is None: ask.error("OUT: missing, allowed: a folder")
+    known = [n for n, c in SHAPES.items() if c["model_type"] == "qwen3" and c["tie_word_embeddings"]]
+    if odd := [n for n in a.models.split(",") if n not in known]: ask.error(f"--models: found {odd[0]!r}, allowed: {', '.join(known)}")
     cuda = torch.cuda.is_available()
     if not (cuda or a.smoke): raise SystemExit("on_gpu.py: found no CUDA GPU, allowed: a machine with one, or --smoke")
     backends = a.backends.split(",") if a.backends else ["trl", "unsloth"] if cuda else ["trl"]
     a.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    shape, micro_batch, rows = ((2, 4, 16), 4, []) if a.smoke else ((GROUPS, EACH, TOKENS), a.micro_batch, [])
     with tempfile.TemporaryDirectory() as scratch:
         for name in a.models.split(","):
             folder = make_model(name, Path(scratch) / name, a.smoke)
             if cuda: torch.cuda.empty_cache()
             for r in range(a.rounds):
                 for backend in backends:
-                    shape = (2, 4, 16) if a.smoke else (GROUPS, EACH, TOKENS)
-                    job = dict(model=str(folder), backend=backend, steps=a.steps, shape=shape, micro_batch=4 if a.smoke else a.micro_batch,
+                    job = dict(model=str(folder), backend=backend, steps=a.steps, shape=shape, micro_batch=micro_batch,
                                load_in_4bit=a.load_in_4bit, token_budget=4096 if a.smoke else a.token_budget, runs=str(a.out / "logs" / f"runs-{backend}-{r}"))
                     (a.out / "logs").mkdir(exist_ok=True)
                     rows += ask_one(job, a.seconds)
@@ -169,9 +170,10 @@ def main():
     import pandas as pd
     pd.DataFrame(rows).to_csv(a.out / "gpu_details.csv", index=False)
     facts = dict(gpu=torch.cuda.get_device_name() if cuda else "", gib=torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0,
-                 groups=GROUPS, answers=EACH, tokens=TOKENS, micro_batch=a.micro_batch, load_in_4bit=a.load_in_4bit, smoke=a.smoke, base_identical=all(r["base_identical"] for r in rows), live_moved=all(r["live_moved"] for r in rows))
-    merge(a.out, "gpu", ratios(rows), **facts)
-    print(json.dumps(ratios(rows)))
+                 groups=shape[0], answers=shape[1], tokens=shape[2], micro_batch=micro_batch, load_in_4bit=a.load_in_4bit, smoke=a.smoke, base_identical=all(r["base_identical"] for r in rows), live_moved=all(r["live_moved"] for r in rows))
+    found = {k + "_4bit" * a.load_in_4bit: v for k, v in ratios(rows).items()}
+    merge(a.out, "gpu", found, **facts)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__": main()

@@ -332,8 +332,9 @@ def test_defaults_hang_on_the_card_and_refusals_on_what_is_free(cuda, monkeypatc
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("available", [3, 6, 10, 14.4, 21.6])
-def test_the_hint_of_a_refusal_fits(name, available):
-    e = estimate_memory(SHAPES[name], micro_batch=32)
+@pytest.mark.parametrize("asked", [dict(micro_batch=32), dict(micro_batch=32, backend="unsloth"), dict(max_completion=1024, backend="unsloth")], ids=["trl", "unsloth", "long"])
+def test_the_hint_of_a_refusal_fits(name, available, asked):
+    e = estimate_memory(SHAPES[name], **asked)
     if e["total"] <= available: return check_memory(e, available)
     with pytest.raises(UserError, match="memory: about .* GiB are needed") as refused: check_memory(e, available)
     fits, line = what_fits(e, available), str(refused.value)

@@ -69,9 +69,9 @@ def test_the_program_for_a_gpu_runs_in_small(tmp_path):
     "With TRL alone where there is no GPU: the judge's share, and the base judge unmoved by two steps that move the live one"
     argv = [sys.executable, Path(__file__).with_name("on_gpu.py"), tmp_path, "--smoke", "--steps", "2", "--models", "qwen3-0.6b", "--backends", "trl"]
     ran = subprocess.run(list(map(str, argv)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-3000:]
     numbers, env = (json.loads((tmp_path / f"gpu{part}.json").read_text()) for part in ("", "_env"))
     assert 0 < numbers["qwen3-0.6b_judge_share_trl"] < 1
     about = env["qwen3-0.6b_judge_share_trl"]
-    assert about["smoke"] and about["base_identical"] and about["live_moved"]
+    assert about["smoke"] and (about["groups"], about["tokens"]) == (2, 16) and about["base_identical"] and about["live_moved"]
     assert pd.read_csv(tmp_path / "gpu_details.csv").lengths.tolist() == ["[16.0]"]

@@ -87,7 +87,7 @@ def test_a_comparison_from_cassettes_is_the_comparison(planted, tmp_path, capsys
 
 
 @pytest.mark.parametrize("data, said", [({}, ""), (dict(commit="c1", files=dict(a=dict(commit="c2"))), "c1"), (dict(files=dict(test=dict(commit="c1", sha1="s"), train=dict(commit="c1"))), "c1"),
-                                        (dict(files=dict(a=dict(commit="c1"), b=dict(sha1="s2"))), "c1 s2"), (dict(files=[dict(sha1="s1")]), "s1")])
+                                        (dict(files=dict(a=dict(commit="c1"), b=dict(sha1="s2"))), "c1 s2"), (dict(files=[dict(sha1="s1")]), "s1"), ({"a.jsonl": "0" * 40, "b.jsonl": "f" * 40}, "0" * 40 + " " + "f" * 40)])
 def test_the_version_of_data_in_several_files(data, said):
     from hmx_feel.export import version_of
     assert version_of(data) == said

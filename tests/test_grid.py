@@ -25,6 +25,7 @@ if __name__ == "__main__": os.environ |= dict(HF_HUB_OFFLINE="1", OMP_NUM_THREAD
 
 import gridtoys
 import pytest
+import yaml
 
 from hmx_feel import executors, ledger, runs
 from hmx_feel.grid import load_grid
@@ -72,6 +73,27 @@ def test_all_is_there(whole):
     assert all(p.is_symlink() and p.resolve().is_dir() for p in whole.glob("grids/toys/view/all/*/*/*"))
     frozen = read_yaml(whole / "grids/toys/plan.yaml")
     assert frozen["frozen"]["runs"] == [] and frozen["panels"], "the plan was fixed before the first run"
+
+
+def test_the_frozen_plan_holds_what_the_grid_trains_with(tmp_path):
+    "Rubric and prompts of one's own, whose kinds no shipped rubric pays; where the runs of an arm differ, nothing is fixed"
+    from hmx_feel.rubric import Rubric, load_prompts
+    rubric = Rubric.load("hmx-feel")
+    own = rubric.model_copy(update=dict(name="own", criteria=[c.model_copy(update=dict(applies_to=["job"])) for c in rubric.criteria], held_out=[], veto=[]))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json", exclude_none=True)))
+    (tmp_path / "own.jsonl").write_text("\n".join(p.model_copy(update=dict(kind="job")).model_dump_json() for p in load_prompts("hmx-feel", split="train")[:16]))
+    grid = dict(name="own", models=["tiny"], arms=["forward", "placebo"], seeds=[0, 1], evaluate=dict(panel="smoke"),
+                train=dict(steps=2, rubric=str(tmp_path / "own.yaml"), prompts=str(tmp_path / "own.jsonl")))
+    said = []
+    for name, changes in dict(one={}, two=dict(train=dict(steps=2, dimensions=["feeling", "intention"]))).items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(grid | changes))
+        p = ledger.Progress(load_grid(tmp_path / f"{name}.yaml"), tmp_path / name)
+        ledger.freeze_plan(p, said.append)
+        frozen = read_yaml(tmp_path / name / "grids/own/plan.yaml")
+        if name == "one": assert frozen["rubrics"] == dict.fromkeys(["forward", "placebo"], own.hash) and set(frozen["prompts"]) == {"forward", "placebo"}
+        else: assert "rubrics" not in frozen
+        ledger.freeze_plan(p, said.append)
+    assert len(said) == 2 and all("frozen" in line for line in said), "once each"
 
 
 def test_a_second_time_nothing_is_run(whole, toys):
