@@ -782,5 +782,5 @@ def read_rows(run:Run, # An evaluated run
              )->pd.DataFrame: # All item rows
     "The item rows that the manifest calls done; needs neither torch nor lm_eval"
     done = [t for t,note in sorted(_notes(run).items()) if note['status']=='done' and (tasks is None or t in tasks)]
-    if not done: raise UserError(f"{run.path}: no evaluations; run 04_evaluate on it first")
+    if not done: raise UserError(f"{run.path}: no evaluations{f' in {run.evals}' if run.evals!='evals' else ''}; run 04_evaluate on it first")
     return pd.concat([read_parquet(run/run.evals/f'{t}.parquet') for t in done], ignore_index=True)
