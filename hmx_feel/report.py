@@ -109,17 +109,16 @@ def distrust(found:Comparison, # A comparison
              longer:float=.2, # Relative change of answer length from which an arm is named
             )->list: # Lines; empty if nothing was found
     "What to distrust in a comparison"
-    out = []
-    for r in found.gate.itertuples():
-        if r.took == "not measured": out.append(f"{r.model}: whether {r.arm} took was not measured")
-        elif not r.outside and r.took == "yes": out.append(f"{r.model}: that {r.arm} took was seen by the base judge alone ({r.measure})")
-    s = found.summary
-    for (model, arm, task), share in s[s.unparsed > lost].groupby(["model", "arm", "task"]).unparsed.max().items(): out.append(f"{model}: nothing was recognised in {share:.0%} of the answers of {arm} on {task}")
+    g, s, named = found.gate, found.summary, lambda names: ", ".join(dict.fromkeys(names))
+    out = [f"{model}: whether {named(d.arm)} took was not measured" for model, d in g[g.took.eq("not measured")].groupby("model", sort=False)]
+    out += [f"{model}: that {named(d.arm)} took was seen by the base judge alone ({measure})" for (model, measure), d in g[g.took.eq("yes") & ~g.outside.astype(bool)].groupby(["model", "measure"], sort=False)]
+    for (model, task), d in s[s.unparsed > lost].groupby(["model", "task"]): out.append(f"{model}: nothing was recognised in {'up to ' * (d.arm.nunique() > 1)}{d.unparsed.max():.0%} of the answers of {named(d.arm)} on {task}")
     for r in s[s.missing > lost].groupby(["model", "arm", "task"]).missing.max().items(): out.append("{0}: {1} lost {2:.0%} of its values on {3}".format(r[0][0], r[0][1], r[1], r[0][2]))
     c = found.best
     gap = c[((c.missing_a - c.missing_b).abs() > lost) & c.role.eq("confirmatory")]
     out += [f"{r.model}: {r.contrast} on {r.endpoint}: {r.missing_a:.0%} against {r.missing_b:.0%} missing" for r in gap.itertuples()]
-    out += [f"{r.model}: {r.contrast} on {r.endpoint} rests on {r.n_clusters} clusters" for r in c[c.role.eq("confirmatory") & c.n_clusters.between(1, 19)].itertuples()]
+    few = c[c.role.eq("confirmatory") & c.n_clusters.between(1, 19)]
+    out += [f"{model}: few clusters, {n:.0f}: {named(d.endpoint)}" for (model, n), d in few.groupby(["model", "n_clusters"])]
     return out + _run_warnings(found, longer)
 
 def _run_warnings(found, longer):
