@@ -505,7 +505,10 @@ def _trained(p:Progress)->dict: # Arm -> rubric and prompts, hashes, where all i
         if j.notebook!='03_train' or key in seen or s.word=='failed': continue
         seen.add(key)
         if s.word=='finished': run = Run(p.root/s.path); arm,identity = run.arm,run.identity
-        else: checked = check_run(config_of(j.notebook, j.params)); arm,identity = checked['arm'].name,checked['identity']
+        else:
+            try: checked = check_run(config_of(j.notebook, j.params))
+            except UserError: continue  # a model that only the nodes have
+            arm,identity = checked['arm'].name,checked['identity']
         said.setdefault(arm, []).append({k: identity[k] for k in ('rubric','prompts') if k in identity})
     return {a: {k: v for k,v in rows[0].items() if all(r.get(k)==v for r in rows)} for a,rows in said.items()}
 
