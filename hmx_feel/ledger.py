@@ -507,7 +507,7 @@ def _trained(p:Progress)->dict: # Arm -> rubric and prompts, hashes, where all i
         if s.word=='finished': run = Run(p.root/s.path); arm,identity = run.arm,run.identity
         else:
             try: checked = check_run(config_of(j.notebook, j.params))
-            except UserError: continue  # a model that only the nodes have
+            except UserError: continue  # `check_grid` has let it pass
             arm,identity = checked['arm'].name,checked['identity']
         said.setdefault(arm, []).append({k: identity[k] for k in ('rubric','prompts') if k in identity})
     return {a: {k: v for k,v in rows[0].items() if all(r.get(k)==v for r in rows)} for a,rows in said.items()}
