@@ -301,10 +301,15 @@ def test_nan_counts_as_missing_or_as_not_applying(world):
     found = asked(world, "forward,placebo", seeds="0")
     lost, na = (of(found, "forward - placebo", e, "checkpoint") for e in ("facts", "under a wrong hint"))
     assert (lost.missing_b, lost.n_items) == (pytest.approx(.1), 216) and (na.missing_b, na.n_items, na.test) == (0, 240, "record swap")
-    said = distrust(found)
-    assert any("lost 10% of its values on tiny_facts" in t for t in said)
-    few = [t for t in said if "few clusters" in t]
-    assert few and len(few) == len({t.split(":")[1] for t in few}), "a line for each number of clusters, not for each verdict"
+    assert any("lost 10% of its values on tiny_facts" in t for t in distrust(found))
+
+
+def test_few_clusters_are_one_line_for_each_number_of_them(world):
+    from dataclasses import replace
+    found = asked(world, "forward,placebo,vicarious")
+    few = replace(found, contrasts=found.contrasts.assign(n_clusters=np.where(found.contrasts.endpoint == "facts", 6, 8)))
+    said = [t for t in distrust(few) if "few clusters" in t]
+    assert len(said) == 2 and said[0] == "tiny: few clusters, 6: facts" and "under a wrong hint, follows the hint" in said[1]
 
 
 def test_one_seed_one_cluster_all_equal(tmp_path):
