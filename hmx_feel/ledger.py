@@ -299,6 +299,8 @@ class Progress:
         s.own = _own_quick(job, self.own)
         if s.word=='finished': s = self._skipped(s)
         if self.exact and s.word in ('todo','changed') and job.notebook in ('02_judge','03_train') and _any_run(job): s = self._by_identity(s)
+        broken = next((a for a in job.after if self.states[a].word in ('failed','blocked')), None)
+        if s.word=='todo' and broken and not job.tolerant: s = replace(s, word='blocked', note=f"waits for {broken}")
         if s.word=='finished' and not self._whole(job): s = replace(s, word='stale', note='there is more to come')
         self.states[label] = s
         return s
@@ -486,6 +488,7 @@ def run_grid(grid:Grid, # What to run
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{folder}: cannot be written ({e.strerror})") from None
     with hold(root/'grids'/'.lock', f"a grid in {root}", grid=grid.name):
+        for left in (folder/'work').glob('*'): left.unlink(missing_ok=True)  # by a driver that was killed, with its workers
         p = Progress(grid, root)
         check_grid(p)
         write_json(folder/'grid.json', dict(grid.model_dump(), schema=SCHEMA))

@@ -227,7 +227,10 @@ def test_a_full_disk_in_one_run_leaves_the_others_alone(toys, whole, tmp_path):
     assert ended == {label: "failed", "tiny 04_evaluate forward seed0": "blocked"} and "No space left on device" in p.states[label].note
     assert Path(p.states[label].row["copy"]).is_file(), "its notebook is kept"
     assert len(read_json(tmp_path / "grids/toys/compare/tiny/contrasts.json")["rows"]) == 4
-    assert gridtoys.drive(tmp_path).states[label].word == "failed", "`run` does not try again by itself"
+    rows = (tmp_path / "grids/toys/ledger.jsonl").read_bytes()
+    after = gridtoys.drive(tmp_path)
+    assert after.states[label].word == "failed", "`run` does not try again by itself"
+    assert {l: s.word for l, s in after.states.items() if s.word != "finished"} == ended and (tmp_path / "grids/toys/ledger.jsonl").read_bytes() == rows, "and draws nothing again"
     assert words(gridtoys.drive(tmp_path, again=True)) == {"finished"} and tables(tmp_path) == tables(whole)
     assert not Path(p.states[label].row["copy"]).exists()
 
@@ -579,7 +582,7 @@ def disk_full(top, workers, draw):
     finally: subprocess.run(["umount", root / run], check=True)
     states = status(load_grid("smoke"), root).states
     odd = {l: s.word for l, s in states.items() if s.word != "finished"}
-    assert odd == {"tiny 03_train forward seed1": "failed", "tiny 04_evaluate forward seed1": "todo"}, odd
+    assert odd == {"tiny 03_train forward seed1": "failed", "tiny 04_evaluate forward seed1": "blocked"}, odd
     said = states["tiny 03_train forward seed1"].note
     ended(smoke(root, "--workers", workers, verb="retry"))
     same(top / "whole", root)
