@@ -190,9 +190,7 @@ def work(task:Task)->dict: # event, seconds, error, path, files, host, pid, comm
         found = _kept_report(task, copy)
     except Exception as e: found = _what_happened(e, task, copy, bool(stopped))
     except KeyboardInterrupt: found = dict(event='stopped', error='interrupted')
-    finally:
-        over.set()
-        for p in (beat, *beat.parent.glob(f'.{beat.name}.*.tmp')): p.unlink(missing_ok=True)  # also what a killed writer left
+    finally: over.set(); beat.unlink(missing_ok=True)
     return dict(found, seconds=round(time.time()-start, 2), **about)
 
 # %% ../nbs/api/10c_ledger.ipynb #b5208aa1
@@ -508,10 +506,7 @@ def _trained(p:Progress)->dict: # Arm -> rubric and prompts, hashes, where all i
         if j.notebook!='03_train' or key in seen or s.word=='failed': continue
         seen.add(key)
         if s.word=='finished': run = Run(p.root/s.path); arm,identity = run.arm,run.identity
-        else:
-            try: checked = check_run(config_of(j.notebook, j.params))
-            except UserError: continue  # `check_grid` has let it pass
-            arm,identity = checked['arm'].name,checked['identity']
+        else: checked = check_run(config_of(j.notebook, j.params)); arm,identity = checked['arm'].name,checked['identity']
         said.setdefault(arm, []).append({k: identity[k] for k in ('rubric','prompts') if k in identity})
     return {a: {k: v for k,v in rows[0].items() if all(r.get(k)==v for r in rows)} for a,rows in said.items()}
 
