@@ -2,6 +2,7 @@
 
 Everything else is real: the driver, the executors, the ledger, the locks, the links. `python gridtoys.py GRID ROOT` is a driver.
 """
+import fcntl
 import json
 import os
 import signal
@@ -36,10 +37,13 @@ def expected_run(job): return run_of(job.notebook, job.params) if job.notebook i
 def fault(label, root):
     "Break once, in the way that is next in faults.json"
     path = Path(root) / "faults.json"
-    faults = json.loads(path.read_text()) if path.is_file() else {}
-    if not faults.get(label): return
-    how = faults[label].pop(0)
-    write_json(path, faults)
+    if not path.is_file(): return
+    with open(path.with_suffix(".lock"), "w") as f:   # two workers take theirs one after the other, so that no fault comes twice
+        fcntl.flock(f, fcntl.LOCK_EX)
+        faults = json.loads(path.read_text())
+        if not faults.get(label): return
+        how = faults[label].pop(0)
+        write_json(path, faults)
     if how == "process": os.kill(os.getpid(), signal.SIGKILL)
     if how == "kernel": raise DeadKernelError("Kernel died")
     if how == "full":
