@@ -357,6 +357,7 @@ def main(argv:list|None=None, # Arguments; those of the process unless given
     try: return dispatch(sys.argv[1:] if argv is None else list(argv))
     except UserError as e: code,line = 2,e
     except NotebookFailed as e: code,line = 1,e
+    except ImportError as e: code,line = 2,f"a package is missing or does not fit the others ({str(e).splitlines()[0]}); hmx-feel doctor names it and the cure"
     except KeyboardInterrupt: code,line = 130,'interrupted'
     print(f"hmx-feel: {line}", file=sys.stderr)
     return code

@@ -295,8 +295,8 @@ def text_table(rows:list, # Rows of the comparison
               )->str: # A table in plain text
     "Contrasts as a table for the terminal"
     number = lambda x: f'{x:+.3f}' if isinstance(x, (int,float)) and x==x else '-'
-    cells = [('contrast','task','metric','difference','95 % interval')]
-    cells += [(r['contrast'], r['task'], r['metric'], number(r['estimate']), f"{number(r['low'])} .. {number(r['high'])}") for r in rows]
+    cells = [('contrast','endpoint','task','difference','95 % interval')]
+    cells += [(r['contrast'], r['endpoint'], r['task'], number(r['estimate']), f"{number(r['low'])} .. {number(r['high'])}") for r in rows]
     wide = [max(map(len, c)) for c in zip(*cells, strict=True)]
     return '\n'.join('  '.join(c.ljust(w) for c,w in zip(row, wide, strict=True)).rstrip() for row in cells)
 
@@ -310,7 +310,8 @@ def demo(workers:int=2, # Notebooks at a time; each uses one core
     folder = root/'compare'/'tiny'
     result = demo_result(root, round(time.time()-start, 1))
     write_json(root/'demo.json', result)
-    print(text_table(read_contrasts(folder)))
+    rows = read_contrasts(folder); named = [r for r in rows if r['endpoint']!=f"{r['task']} {r['metric']}"]
+    print(text_table(named)); print(f"all {len(rows)} rows: {folder/'contrasts.csv'}")
     for figure in sorted(folder.rglob('*.png')): print(f"figure: {figure}")
     print(f"numbers: {root/'demo.json'}")
     return result

@@ -373,6 +373,24 @@ def test_a_mistake_as_a_process(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_versions_in_range_that_do_not_import_are_found(tmp_path, monkeypatch):
+    from hmx_feel.doctor import check_imports
+    for name, text in dict(lower="def new(): pass", upper="from lower import old", top="import upper").items(): (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert [f.state for f in check_imports(("lower.new",))] == ["ok"]
+    [found] = check_imports(("lower", "upper", "top"))
+    assert found.state == "bad" and found.found.startswith("upper cannot be imported (ImportError: cannot import name 'old'") and found.cure.endswith("--force-reinstall upper")
+    (tmp_path / "upper.py").write_text("import os; os._exit(7)")
+    assert "exit code 7" in check_imports(("lower", "upper"))[0].found
+
+
+def test_a_package_that_does_not_import_is_one_line(call, monkeypatch):
+    def broken(config): raise ImportError("cannot import name 'HybridCache' from 'transformers'")
+    monkeypatch.setitem(cli.CHECKS, "train", broken)
+    code, out, err = call("train", "--steps", "1")
+    assert (code, out) == (2, "") and "HybridCache" in err and err.count("\n") == 1 and "hmx-feel doctor" in err
+
+
 def test_rubric_check(call):
     code, out, err = call("rubric", "check", "hmx-feel")
     r = load_rubric("hmx-feel")
