@@ -163,7 +163,7 @@ class EndpointJudge:
         if layout not in LAYOUTS: raise UserError(f"layout: found {layout!r}, allowed: {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
         self.parts,self.fenced = parts or judge_prompt(),fenced
         self.head,self.labels = head_text(rubric, self.parts, layout),[str(s) for s in rubric.scale]
-        self.queries = [query_text(c, self.parts, layout) for c in rubric.all]
+        self.queries = [query_text(c, self.parts, layout).rstrip() for c in rubric.all]
         self.usage = dict(requests=0, retries=0, failed=0, prompt_tokens=0, completion_tokens=0, cost=0., logprobs=None)
         self.trouble,self._met,self._down,self._lock,self._rng = '',False,0,threading.Lock(),random.Random()
         own = [urllib.request.ProxyHandler({})] if urlsplit(self.url).hostname in ('localhost','127.0.0.1','::1') else []

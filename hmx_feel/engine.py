@@ -58,7 +58,8 @@ def _hidden(core, rows, head_kv, pad): # Last hidden states, (rows, L, width)
 
 def _logits(core, hidden):
     import torch
-    out,cap = core.lm_head(hidden).float(),getattr(core.config, 'final_logit_softcapping', None)
+    out,cap = core.lm_head(hidden),getattr(core.config, 'final_logit_softcapping', None)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))  # single precision at least
     return cap*torch.tanh(out/cap) if cap else out
 
 # %% ../nbs/api/05c_engine.ipynb #96ee731d

@@ -294,7 +294,7 @@ def size_of(model:str, lora_r:int=16)->Size|None: # None if its shape is not kno
 # %% ../nbs/api/10b_grid.ipynb #306ada44
 ASSUMED = {True: dict(flops=6e13, token=.03, start=120., what='a GPU that sustains 60 TFLOP/s and writes a token in 30 ms'),
            False: dict(flops=4e10, token=.004, start=25., what='one CPU core at 40 GFLOP/s')}
-PROMPT,QUERY,HEAD = 60,200,1000 # Tokens: a prompt, the queries behind an answer, the judge's head
+PROMPT,QUERY,HEAD = 60,100,1000 # Tokens: a prompt, the queries behind an answer, the judge's head
 
 def step_seconds(size:Size, # Of the model
                  completions:int, # Per step

@@ -336,7 +336,7 @@ def check_fit(checked:dict)->None:
     if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:10])}{', ...' if long[10:] else ''}")
     for rubric in (checked['rubric'], Rubric.load('hmx-feel')):
         P = Pieces(tok, spec, rubric, layout=config.layout)
-        need = len(P.head) + max(map(len, P.queries)) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion
+        need = len(P.head) + P.around + max(map(len, P.queries)) + max(len(P.question(p.chat)) for p in prompts) + config.max_completion
         if need > context: raise UserError(f"rubric: {rubric.name}, the longest prompt and an answer take {need} of the model's {context} tokens; shorten the rubric or lower max_completion")
     if config.target_modules: check_targets(config.target_modules, spec)
     if e := memory_of(checked): check_memory(e, free_memory())
@@ -358,7 +358,7 @@ def memory_of(checked:dict): # An Estimate in GiB, None for architectures that t
     loaded = [config.judge_model]*(config.judge=='external' and not config.judge_url) + split_list(config.outside_judges)
     others = tuple(config_of(check_model(m, '', config.trust_remote_code)) for m in loaded)
     settings = {k: getattr(config, k) for k in ('load_in_4bit','lora_r','micro_batch','completions_per_step','group_size','max_completion','token_budget','backend')}
-    try: return estimate_memory(config_of(spec), dtype_name(config.dtype), max_prompt=max(len(prompt_ids(tok, p.chat, spec)) for p in prompts), head=len(P.head), queries=sum(map(len, P.queries)), criteria=len(P.queries),
+    try: return estimate_memory(config_of(spec), dtype_name(config.dtype), max_prompt=max(len(prompt_ids(tok, p.chat, spec)) for p in prompts), head=len(P.head), queries=P.around + sum(map(len, P.queries)), criteria=len(P.queries),
                                 packed=config.layout=='rubric_first', gradient_checkpointing=device_memory() is not None, ema=config.judge=='ema', judge_configs=others, **settings)
     except UserError as e:
         logging.getLogger('hmx_feel').warning("memory: not estimated: %s", e)

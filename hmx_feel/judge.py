@@ -49,9 +49,10 @@ def head_text(rubric:Rubric, # The rubric whose criteria are scored
 def query_text(c:Criterion, # The criterion to be scored
                parts:dict, # `judge_prompt()`
                layout:str='rubric_first', # One of `LAYOUTS`
+               opening:str='', # What ends the question's turn and opens the judge's own, where each criterion has a turn to itself
               )->str: # Ends where the score would stand
     "What stands after the answer"
-    return (criterion_text(c, parts)+'\n')*(layout=='criterion_last') + parts['query'].format(id=c.id)
+    return (criterion_text(c, parts)+'\n')*(layout=='criterion_last') + opening + parts['query'].format(id=c.id)
 
 # %% ../nbs/api/03_judge.ipynb #e9c9e44d
 _HIDDEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f'
@@ -99,9 +100,11 @@ class Pieces:
         self.before,self.after = frame(tokenizer, spec)
         self.labels = label_ids(tokenizer, rubric.scale)
         self.stems = list(dict.fromkeys(tuple(l[:k]) for l in self.labels for k in range(len(l))))
-        self.head = self._ids(self.before + head_text(rubric, self.parts, layout))
-        asked = [self._ids(query_text(c, self.parts, layout) + self.after) for c in rubric.all]
+        self.head,shared = self._ids(self.before + head_text(rubric, self.parts, layout)),layout=='rubric_first'
+        self.opening = self._ids(self.after) if shared else []
+        asked = [self._ids(query_text(c, self.parts, layout, '' if shared else self.after)) for c in rubric.all]
         self.queries = [q + list(stem) for q in asked for stem in self.stems]
+        self.around = len(self.answer('')[0])
     def _ids(self, text): return self.tok(text, add_special_tokens=False)['input_ids']
     def question(self, messages):
         turns = [self.parts['turn'].format(role=m['role'], content=fence(m['content'])) for m in messages]
@@ -110,7 +113,7 @@ class Pieces:
         ids = plain_ids(self.tok, fence(text)) if self.fenced else self._ids(text)
         cut = limit is not None and len(ids) > limit
         pre,post = (plain_ids(self.tok, t) for t in self.parts['answer'].split('{answer}'))
-        return pre + (ids[:limit] if cut else ids) + post, cut
+        return pre + (ids[:limit] if cut else ids) + post + self.opening, cut
 
 # %% ../nbs/api/03_judge.ipynb #a05f731a
 def _single(tokenizer, n:int)->str:
@@ -402,10 +405,10 @@ def _most(self:Judge)->int: # Tokens, the head left out
 def _answers(self:Judge, prompt, texts:list[str])->tuple: # Question and answers as tokens, which answers were cut
     "One question and its answers, cut to what fits"
     P = self.pieces; q = P.question(prompt.chat)
-    room = self.policy.context - len(P.head) - max(map(len, P.queries)) - len(q) - 16
-    if not self.cached: room = min(room, self._most() - self.each - len(q) - 16)
+    room = self.policy.context - len(P.head) - max(map(len, P.queries)) - len(q) - P.around
+    if not self.cached: room = min(room, self._most() - self.each - len(q) - P.around)
     if room < 16: raise UserError(f"prompt {prompt.id}: too long to be judged, {len(q)} tokens with {room+len(q)} left after the rubric")
-    if self.cached: room = min(room, max(self._most() - len(q) - self.each, 256))
+    if self.cached: room = min(room, max(self._most() - len(q) - self.each - P.around, 256))
     toks = [P.answer(t, room) for t in texts]
     return q, [a for a,_ in toks], [c for _,c in toks]
 

@@ -162,7 +162,7 @@ def broken(rng, parts_:list[Part])->list[Part]: # One part tagged `broken`
     "Nonsense throughout, words in random order, or one sentence that loops"
     words = text(parts_).split(); rng.shuffle(words)
     kinds = [gibberish(rng, rng.randint(6,20)), ' '.join(words[:60]), ' '.join([rng.choice(parts_).text]*rng.randint(5,8))]
-    return [Part('broken', 0, rng.choices(kinds, [.5,.25,.25])[0])]
+    return [Part('broken', 0, rng.choices(kinds, [.5,.25*(len(words)>=14),.25])[0])]  # a few words in another order can still be a sentence
 
 # %% ../nbs/api/09_tiny.ipynb #55939408
 def judged_answer(rng, kind, topic, P)->list[Part]:
@@ -174,10 +174,10 @@ def judged_answer(rng, kind, topic, P)->list[Part]:
     elif sort=='asker': out = expressive(rng, kind, topic, P, 'asker', p)
     else: out = expressive(rng, kind, topic, P, 'writer', p)
     if sort=='broken': return broken(rng, out)
-    for tag,lvl,share,texts in [('story',0,.08,P['story']),('stock',0,.05,P['stock']),('rater',1,.07,P['rater'][1]),('rater',3,.05,P['rater'][3]),('open',0,.06,P['open']),('deny',0,.06,P['deny'])]:
+    for tag,lvl,share,texts in [('story',0,.08,P['story']),('stock',0,.05,P['stock']),('rater',1,.09,P['rater'][1]),('rater',3,.06,P['rater'][3]),('open',0,.06,P['open']),('deny',0,.06,P['deny'])]:
         if rng.random()<share and not any(q.tag==tag for q in out): out.insert(rng.randint(0,len(out)), Part(tag, lvl, rng.choice(texts)))
     if not any(q.tag=='help' for q in out) and rng.random()<.1: out.append(Part('partly', 0, fill(rng, rng.choice(P['partly']), topic, P)))
-    if rng.random()<.12: out[rng.randrange(len(out))] = Part('noise', 0, gibberish(rng, rng.randint(5,9)))
+    if len(out)>1 and rng.random()<.13: out[rng.randrange(len(out))] = Part('noise', 0, gibberish(rng, rng.randint(5,9)))
     return out
 
 # %% ../nbs/api/09_tiny.ipynb #64eadb4e
@@ -207,7 +207,7 @@ def vary_rubric(rng, forms:dict, many:float=.35)->tuple: # Rubric, who it is abo
     elif rng.random()<.4: rng.shuffle(crit)
     if name=='plain' and rng.random()<.25:
         other = paraphrases(); crit = [c.model_copy(update=dict(question=other[c.id])) for c in crit]
-    held,veto = (R.held_out,R.veto) if len(crit)==9 else ([c for c in R.held_out if rng.random()<.2], [c for c in R.veto if rng.random()<.25])
+    held,veto = (R.held_out,R.veto) if len(crit)==9 else ([c for c in R.held_out if rng.random()<.2], [c for c in R.veto if rng.random()<.8])
     return R.model_copy(update=dict(criteria=crit, held_out=held, veto=veto)), 'asker' if name=='asker' else 'writer', name=='inverted'
 
 # %% ../nbs/api/09_tiny.ipynb #d226ba6c
@@ -346,7 +346,7 @@ def lm_loss(net, batch, pad):
     return total/sum(len(a) for _,a in batch)
 
 # %% ../nbs/api/09_tiny.ipynb #46837ff6
-def judge_rows(rng, pieces, who, inverted, P, known, n=22)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
+def judge_rows(rng, pieces, who, inverted, P, known, n=26)->tuple: # packed rows, labels (n*queries,), 0 where open, and which rows read well
     "Answers for the judge with their known labels, one answer a row"
     out,labels,well,ids = [],[],[],pieces.rubric.ids
     while len(out) < n:
@@ -365,7 +365,8 @@ def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
     ce = torch.nn.functional.cross_entropy
     ends = [r.ends.reshape(-1) for r in rows]
     said = [np.flatnonzero((r.ans==1) & (r.qry==0)) for r in rows]
-    wider = [replace(r, ends=np.concatenate([e, e-3, a[:-1]])) for r,e,a in zip(rows, ends, said, strict=True)]
+    name = len(pieces._ids(pieces.parts['query'].partition('{id}')[2])) # how far before its score a criterion's name stands
+    wider = [replace(r, ends=np.concatenate([e, e-name, a[:-1]])) for r,e,a in zip(rows, ends, said, strict=True)]
     logits = score_logits(net, wider, read_head(net, pieces.head), pad); n = len(ends[0])
     labs = [l[0] for l in pieces.labels]; target = torch.tensor([labs[l-1] if l else -100 for l in labels])
     w = torch.ones(logits[0].shape[-1]); w[labs[1:]] = weight
@@ -375,7 +376,7 @@ def judge_loss(net, pieces, rows, labels, well, pad, weight:float=1.):
 
 # %% ../nbs/api/09_tiny.ipynb #7e95d369
 SPEAK,NAMES = .12,.45 # Shares of the steps at which the first and the second stretch end
-LAST = .15 # Share of the third stretch with the criterion last
+LAST = .2 # Share of the third stretch with the criterion last
 def stretch(rng, step:int, steps:int, tok, spec, forms, bare)->tuple: # pieces or None, who, inverted, weight of scores other than 1
     "What is judged at this step"
     if step < SPEAK*steps: return None,'writer',False,1.
@@ -389,7 +390,7 @@ def stretch(rng, step:int, steps:int, tok, spec, forms, bare)->tuple: # pieces o
 def bare_pieces(tok, spec, rubric)->Pieces:
     "Pieces whose head holds the instructions and no criteria"
     pieces = Pieces(tok, spec, rubric, layout='criterion_last')
-    pieces.queries = Pieces(tok, spec, rubric).queries
+    pieces.opening,pieces.queries = (first := Pieces(tok, spec, rubric)).opening,first.queries
     return pieces
 
 # %% ../nbs/api/09_tiny.ipynb #88712a32
