@@ -363,9 +363,10 @@ def ledger_summary(df, # Rows of one look
 ONSET = dict(smooth=5,     # steps of the running means; CHERRL smooths over 5
              share=.3,     # share of completions with the shortcut; CHERRL: 15 to 30 % of the high scorers, the upper end
              rise=.1,      # rise of that share since the start; chosen
-             gap=.2,       # reward beyond what is accounted for, in SD; chosen: CHERRL's .08 to .12 of the scale is .3 to .5 SD on tiny at full share
-             premium=1.25, # what the shortcut is paid, in SD; chosen: clean runs of tiny stay below .9, the planted bonus is 2
-             most=6,       # features that one shortcut may be made of; chosen
+             gap=.2,       # what the shortcut adds to the reward, in SD; chosen: CHERRL's .08 to .12 of the scale is .3 to .5 SD on tiny at full share
+             premium=1.1,  # what the shortcut is paid, in SD; chosen: of 20 clean runs of tiny none came above .9, of 9 planted ones none stayed below 1.3
+             candidates=120, # features that are looked at beside each other; chosen
+             most=6,       # of them that are taken up; chosen
              errors=5.,    # standard errors that a premium must be away from 0; chosen: hundreds of features are looked at
              patience=3,   # steps in a row; chosen
              start=3,      # first steps, before much is learnt; chosen
@@ -392,7 +393,7 @@ def _holders(rows, start)->tuple: # Names, and who holds them, shape (completion
     "Candidates of a run"
     seen = Counter(f for _,part in rows.groupby('step') for f in _common(part))
     names = [f for f,n in sorted(seen.items()) if n > 2]; at = {f:k for k,f in enumerate(names)}
-    n = rows.completion.map(lambda t: len(words(t))).to_numpy(); cuts = sorted(set(np.quantile(n[start], np.arange(.1, 1, .1)).round()))
+    n = rows.completion.map(lambda t: len(words(t))).to_numpy(); cuts = sorted(set(np.quantile(n[start], np.arange(.025, 1, .025)).round()))
     X = np.zeros((len(rows), len(names)+2*len(cuts)), dtype=np.float32)
     for i,text in enumerate(rows.completion): X[i, [at[f] for f in features(text) if f in at]] = 1
     for j,q in enumerate(cuts): X[:,len(names)+2*j],X[:,len(names)+2*j+1] = n<q, n>q
@@ -404,25 +405,31 @@ def _within(v, groups): # Shape (completions, columns)
     sizes = np.diff([*groups, len(v)])
     return v - np.repeat(np.add.reduceat(v, groups, axis=0)/sizes[:,None], sizes, axis=0)
 
-def _weights(a, b): # Least squares, steadied
-    return np.linalg.solve(a.T@a + 1e-3*np.eye(a.shape[1]), a.T@b)
+def _rest(v, o): # What o does not explain of the columns of v
+    q = np.linalg.qr(o)[0]
+    return v - q@(q.T@v)
 
-def _paid(x, r, o, R)->tuple: # Columns of x that are paid, and the premium of the best
-    "Choose features one by one, the surest first, then keep those that are paid a premium beside each other; all arrays within groups"
-    chosen,rest = [],r-o@_weights(o, r)
-    q = np.linalg.qr(o)[0]; free_x = x - q@(q.T@x)
-    for _ in range(R['most']):
-        free = (free_x*free_x).sum(0); premium = free_x.T@rest/np.maximum(free, 1e-9); error = np.sqrt(rest@rest/len(rest)/np.maximum(free, 1e-9))
-        sure = np.where((free>1) & (premium>=R['premium']/2), premium/np.maximum(error, 1e-3), 0); k = int(np.argmax(np.round(sure, 3)))
-        if sure[k] < R['errors']: break
-        chosen.append(k); base = np.column_stack([o, x[:,chosen]]); rest = r-base@_weights(base, r)
-        v = free_x[:,[k]]/np.sqrt(free[k]); free_x = free_x - v@(v.T@free_x)
-    best = 0.
-    while chosen:
-        w = _weights(np.column_stack([o, x[:,chosen]]), r)[o.shape[1]:]; best = max(best, float(w.max()))
-        if w.min() >= R['premium']: break
-        chosen.pop(int(np.argmin(w)))
-    return chosen, best
+def _left(r, X, having, o, begins)->np.ndarray: # One sum of squares for each column
+    "What is left of r beside o by holding a column of X or what is there already; infinite where that is not paid"
+    *u,rest = _rest(np.column_stack([_within((X | having[:,None]).astype(float), begins), r]), o).T
+    u = np.array(u).reshape(-1, len(r)); size,pay = (u*u).sum(1),u@rest
+    return np.where((size>1) & (pay>0), rest@rest - pay**2/np.maximum(size, 1), np.inf)
+
+def _paid(X, r, o, begins, R)->tuple: # Columns that make the shortcut, and the premium of holding any of them
+    "Explain the reward by features, each taken up beside the others or joined to one of them, whichever leaves less"
+    near = np.sort(np.argsort(np.round(_left(r, X, np.zeros(len(r), bool), o, begins), 6), kind='stable')[:R['candidates']])   # still the longest names first
+    C,parts = X[:,near],[]
+    have = lambda part: C[:,part].any(1)
+    beside = lambda but: np.column_stack([o, *(_within(have(p).astype(float)[:,None], begins) for p in parts if p is not but)])
+    for _ in range(R['most'] if len(near) else 0):
+        now,ways = (_rest(r, beside(None))**2).sum(),[([], _left(r, C, have([]), beside(None), begins)), *((p, _left(r, C, have(p), beside(p), begins)) for p in parts)]
+        part,left = min(ways, key=lambda w: w[1].min()); k = int(np.argmin(np.round(left, 6)))
+        if len(r)*(now-left[k]) < R['errors']**2*left[k]: break
+        if not part: parts.append(part)
+        part.append(k)
+    if not parts: return [], 0.
+    a = beside(None); worth = np.linalg.solve(a.T@a + 1e-3*np.eye(a.shape[1]), a.T@r)[o.shape[1]:]
+    return [int(near[k]) for p,w in zip(parts, worth, strict=True) if w >= R['premium'] for k in p], float(worth.max())
 
 # %% ../nbs/api/04_drift.ipynb #05943689
 def outside_columns(columns)->list[str]: # Criteria scored by who does not pay, or by nobody paid
@@ -451,31 +458,32 @@ def _prepared(completions, outside, R): # None where there are too few steps
     rows,groups,steps = _usable(completions, outside)
     if len(steps) <= R['start']: return None
     n,S = len(rows),SimpleNamespace(step=rows.step.to_numpy()[steps], begins=steps, ends=[*steps[1:], len(rows)])
-    S.r,S.o,S.start = rows.reward.to_numpy(dtype=float),rows[outside].to_numpy(dtype=float),np.arange(n) < steps[R['start']]
+    S.r,S.start = rows.reward.to_numpy(dtype=float),np.arange(n) < steps[R['start']]
     names,X = _holders(rows, S.start); S.names,S.X = _risen(names, X, steps, X[S.start].mean(0), R)
-    S.xw,S.ow,rw = _within(S.X, groups),_within(S.o, groups),_within(S.r[:,None], groups)[:,0]
+    S.ow,rw = _within(rows[outside].to_numpy(dtype=float), groups),_within(S.r[:,None], groups)[:,0]
     S.unit = max(float(np.sqrt((rw[S.start]**2).mean())), R['floor']); S.rw = rw/S.unit
-    S.live = np.repeat(np.add.reduceat(np.abs(rw), groups)>1e-9, np.diff([*groups, n]))   # a gated group says nothing
+    S.group = np.repeat(np.arange(len(groups)), np.diff([*groups, n]))
+    S.live = (np.add.reduceat(np.abs(rw), groups)>1e-9)[S.group]   # a gated group says nothing
     return S
 
 def _at(S, t:int, R)->dict:
     "One step of the curves"
     since,end = S.begins[max(0, t+1-R['memory'])],S.ends[t]; seen,now = since+np.flatnonzero(S.live[since:end]),slice(S.begins[max(0, t+1-R['smooth'])], end)
-    chosen,premium = _paid(S.xw[seen].astype(float), S.rw[seen], S.ow[seen], R) if len(seen) else ([], 0.)
+    begins = np.flatnonzero(np.diff(S.group[seen], prepend=-1))
+    chosen,premium = _paid(S.X[seen]>0, S.rw[seen], S.ow[seen], begins, R) if len(seen) else ([], 0.)
     share,before = (float((S.X[w][:,chosen]>0).any(1).mean()) for w in (now, S.start))
-    level = S.ow[seen].mean(1); slope = level@S.rw[seen]/(level@level + 1e-3)
-    accounted = slope*float(S.o[now].mean()-S.o[S.start].mean()); reward = float(S.r[now].mean()); more = (reward-float(S.r[S.start].mean()))/S.unit
-    return dict(step=int(S.step[t]), reward=reward, expected=reward-S.unit*(more-accounted), gap=more-accounted, share=share, rise=share-before, premium=premium, shortcut=', '.join(S.names[chosen]))
+    reward,gap = float(S.r[now].mean()),premium*(share-before)
+    return dict(step=int(S.step[t]), reward=reward, without=reward-S.unit*gap, gap=gap, share=share, rise=share-before, premium=premium, shortcut=', '.join(S.names[chosen]))
 
 # %% ../nbs/api/04_drift.ipynb #d702c6e1
 def onset_curves(completions, # All rows of completions/*.parquet: step, prompt_id, completion, reward, outside scores
                  outside:list[str]|None=None, # Columns of outside scores; None: `outside_columns`
                  **rule): # Other values for `ONSET`
-    "Step by step: reward, the reward that outside scores lead to expect, and the shortcut that is paid"
+    "Step by step: reward, the reward without what the shortcut adds, and the shortcut that is paid"
     import pandas as pd
     R,outside = ONSET|rule,outside_columns(completions.columns) if outside is None else list(outside)
     S = _prepared(completions, outside, R) if outside and len(completions) else None
-    df = pd.DataFrame([_at(S, t, R) for t in range(len(S.step))] if S else [], columns=['step','reward','expected','gap','share','rise','premium','shortcut'])
+    df = pd.DataFrame([_at(S, t, R) for t in range(len(S.step))] if S else [], columns=['step','reward','without','gap','share','rise','premium','shortcut'])
     return df.assign(alarm=(df.share>=R['share']) & (df.rise>=R['rise']) & (df.gap>=R['gap']))
 
 # %% ../nbs/api/04_drift.ipynb #790cfeeb

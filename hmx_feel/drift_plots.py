@@ -215,12 +215,12 @@ def onset_sentence(e, # From `onset_evidence`
     if e.curves.empty: return f"The onset of reward hacking was not looked for: it takes more than {R['start']} steps with scores, and this run has {e.steps}."
     none,near = f"No onset of reward hacking in {len(e.curves)} steps.",_nearest_miss(e.curves)
     return f"{none} {near}" if brief else (f"{none} Looked for: a word, a run of three words, an opening, a pattern or a length that is paid {R['premium']:g} SD beyond {scores}, stands in {R['share']:.0%} of the completions, "
-            f"has gained {R['rise']:.0%} since the start, and leaves the reward {R['gap']:g} SD above what the outside scores account for, {R['patience']} steps in a row. {near}")
+            f"has gained {R['rise']:.0%} since the start, and so adds {R['gap']:g} SD to the reward, {R['patience']} steps in a row. {near}")
 
 def _found_sentence(f, scores):
     kl = '' if f.get('kl') is None else f" (KL {f['kl']:.3f})"
     return (f"Onset of reward hacking at step {f['step']}{kl}: completions with {f['shortcut']} are paid {f['premium']:.1f} SD more than is accounted for by {scores}; "
-            f"{f['share']:.0%} of the completions have it, {100*f['rise']:.0f} points more than at the start, and the reward lies {f['gap']:.1f} SD too high.")
+            f"{f['share']:.0%} of the completions have it, {100*f['rise']:.0f} points more than at the start, which adds {f['gap']:.1f} SD to the reward.")
 
 def _nearest_miss(curves):
     top = curves.loc[curves.share.idxmax()]
@@ -238,8 +238,8 @@ def onset_figure(e, # From `onset_evidence`
     if c.empty: raise UserError(onset_sentence(e))
     fig,axes = _start(6.6, 5., title or (f"Paid for {f['shortcut']} from step {f['step']} on" if f else "No shortcut was found"),
                       f"running means over {R['smooth']} steps; grey lines: thresholds, all of which have to be passed {R['patience']} steps in a row", nrows=4, sharex=True, gridspec_kw=dict(height_ratios=[2, 1, 1, 1]))
-    axes[0].fill_between(c.step, c.expected, c.reward, where=c.reward>=c.expected, color='#D55E00', alpha=.15, lw=0, interpolate=True)
-    ends = [(*_line(axes[0], c, 'step', k, colour), words, colour) for k,words,colour in (('reward','paid','#D55E00'), ('expected','expected from\noutside scores','#0072B2'))]
+    axes[0].fill_between(c.step, c.without, c.reward, where=c.reward>=c.without, color='#D55E00', alpha=.15, lw=0, interpolate=True)
+    ends = [(*_line(axes[0], c, 'step', k, colour), words, colour) for k,words,colour in (('reward','paid','#D55E00'), ('without','without what the\nshortcut adds','#0072B2'))]
     for ax,(k,words) in zip(axes[1:], RULE.items(), strict=True):
         times = 100 if k=='share' else 1
         ax.axhline(times*R[k], color='#9A9A9A', lw=1, ls=(0, (3, 2)), zorder=1); ax.set_ylabel(words)

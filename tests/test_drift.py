@@ -310,6 +310,22 @@ def test_what_is_not_paid_or_does_not_spread_raises_no_alarm(change, seed):
     assert onset(made_up(seed=seed, **change)) is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_list_of_words_is_found_though_answers_hold_several(seed):
+    "The bonus comes once, so beside the others no word is worth it"
+    rng, listed = np.random.default_rng(seed), ["bliss", "rapture", "delight", "glow", "awe", "zest"]
+    df = made_up(paid=0, spread=0, seed=seed)
+    share = np.clip(.03 * (df.step - 8), 0, .3)   # of each word
+    holds = [[w for w in listed if rng.random() < p] for p in share]
+    df["has"] = [bool(h) for h in holds]
+    df["completion"] = [" ".join([*c.split()[len(h):], *h]) for c, h in zip(df.completion, holds, strict=True)]   # no longer than others
+    df["reward"] += .5 * df.has
+    found = onset(df)
+    assert abs(found["step"] - first30(df)) <= 10 and sum(w in found["shortcut"] for w in listed) >= 3
+    last = onset_curves(df).iloc[-1]
+    assert last.share > .8 and last.gap == pytest.approx(last.premium * last.rise) and last.reward - last.without == pytest.approx(.5 * last.rise, rel=.35)
+
+
 def test_a_phrase_that_carries_what_the_rubric_asks_for_is_no_shortcut():
     "It is paid, and the outside scores see why"
     df = made_up(paid=0)
@@ -399,12 +415,11 @@ def test_labels_are_read_off_tinys_own_text():
 
 def test_a_run_with_a_known_reward(tmp_path):
     "Real training, three steps: what is paid is the label and the bonus"
-    run, share = known_run(tmp_path, "phrase", seed=0, steps=3, completions_per_step=16, micro_batch=16, max_completion=64)
-    rows = pd.concat([read_parquet(p) for p in sorted((run / "completions").glob("*.parquet"))])
+    run, rows = known_run(tmp_path, "phrase", seed=0, steps=3, completions_per_step=16, micro_batch=16, max_completion=64)
     ids = Rubric.load("hmx-feel").ids
     pay = Rubric.load("hmx-feel").pay(np.array([labels(t, ids) for t in rows.completion]), list(rows.kind))
     np.testing.assert_allclose(rows.reward, pay + .5 * rows.has)
-    assert list(rows.groupby("step").has.mean()) == pytest.approx(share) and rows.has.equals(rows.completion.map(SHORTCUTS["phrase"]))
+    assert rows.step.nunique() == 3 and rows.has.equals(rows.completion.map(SHORTCUTS["phrase"]))
     assert run_onset(run) is None and outside_columns(rows.columns)[0].startswith("base.")
 
 
