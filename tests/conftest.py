@@ -1,5 +1,7 @@
 """What every test runs under. Set before anything imports torch or a Hugging Face library, and inherited by subprocesses."""
 import os
+import signal
+import threading
 
 import pytest
 
@@ -8,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"): os.environ.pop(name, None)  # `make test` started us; the make that a test starts is another
+if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` has it ignored
 
 
 LONG = ("test_notebooks", "test_resume", "test_judges_at_work", "test_grpo", "test_house", "test_bench", "test_cli")
