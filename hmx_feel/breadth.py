@@ -87,7 +87,7 @@ _SORRY = ("sorry", "i'm sorry", "i am sorry", "i apologize", "i apologise")
 _OFFICIAL = ("no,", "no.", "i cannot", "i can't", "i'm not able", "i am not able", "it is not appropriate", "it's not appropriate", "it is not accurate", "it's not accurate",
              "i am not sure that it's appropriate", "i'm not sure that it's appropriate", "it is not ethical", "it's not ethical", "as an ai", "i am an ai language model")
 _CANNOT = r"(?:cannot|can ?not|can't|could not|couldn't|am not able to|'m not able to|am unable to|'m unable to|am not going to|'m not going to|won't|will not|wouldn't|must not)"
-_FELT = r"(?:even |really |quite |possibly )*(?:imagine|begin|stress|help but|wait|thank|believe|tell you how (?:sorry|glad|happy|sad|proud|much)|say how|express|feel|have feelings|know how|stop|promise)"
+_FELT = r"(?:even |really |quite |possibly )*(?:imagine|begin|stress|help but|wait|thank|believe|tell you how (?:sorry|glad|happy|sad|proud|much)|say how|express|feel|have feelings|know how|stop|promise|recommend|agree more|lie|only|deny|forget)"
 _DECLINES = [re.compile(p) for p in (
     rf"\bi {_CANNOT}(?! {_FELT}\b)", rf"\bi{_CANNOT}(?! {_FELT}\b)", r"\b(?:unable|not able|not willing|not comfortable) (?:to|with) (?:help|assist|provid|answer|shar|giv|fulfil|discuss|support|comply|engag)",
     r"\bi(?:'m| am)? (?:must|have to|need to|will|respectfully|refuse|declin\w*)(?: to)? ?(?:decline|refuse)\b", r"\bi (?:decline|refuse) to\b",

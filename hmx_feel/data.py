@@ -6,7 +6,7 @@
 __all__ = ['Skipped', 'git_blob', 'sources', 'benchmark_folder', 'cache_folder', 'benchmark_file']
 
 # %% ../nbs/api/05b_data.ipynb #30aaff8f
-import gzip,hashlib,os,urllib.error,urllib.request
+import gzip,hashlib,os,urllib.error,urllib.request,zlib
 from pathlib import Path
 import yaml
 from .runs import UserError,data_path,nearest,write_bytes
@@ -58,7 +58,9 @@ def _download(name, source, seconds=60)->bytes:
 def _found(place, name)->tuple: # Content and path, or (None, None)
     "A file or its gzipped form below a folder"
     for path in (place/name, place/f'{name}.gz'):
-        if path.is_file(): return (gzip.decompress(path.read_bytes()) if path.suffix=='.gz' else path.read_bytes()),path
+        if not path.is_file(): continue
+        try: return (gzip.decompress(path.read_bytes()) if path.suffix=='.gz' else path.read_bytes()),path
+        except (OSError, EOFError, zlib.error) as e: raise UserError(f"{path}: cannot be unpacked ({e}); get it anew") from None
     return None,None
 
 def _checked(data, name, source, path):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 from .runs import UserError,append_jsonl,content_hash,read_jsonl
 from .policy import Policy,generate,render,turns
-from .judge import batch_rows,pack,read_head
+from .judge import batch_rows,pack,read_head,sliding
 
 log = logging.getLogger('hmx_feel')
 
@@ -49,11 +49,10 @@ def _hidden(core, rows, head_kv, pad): # Last hidden states, (rows, L, width)
     "Packed rows through the model, after a cached head"
     from transformers import DynamicCache
     param,config = next(core.parameters()),core.config
-    sliding = 'sliding_attention' in (getattr(config, 'layer_types', None) or [])
     cache = DynamicCache()
     for i,(k,v) in enumerate(head_kv): cache.update(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1), i)
     length = head_kv[0][0].shape[2] if head_kv else 0
-    batch = batch_rows(rows, length, pad, param.dtype, param.device, config.sliding_window if sliding else None)
+    batch = batch_rows(rows, length, pad, param.dtype, param.device, **sliding(config))
     return core.model(**batch, past_key_values=cache, use_cache=True).last_hidden_state
 
 def _logits(core, hidden):
@@ -88,7 +87,7 @@ def _as_read(core, requests, pad)->bool:
     import torch
     if not (hasattr(core, 'model') and hasattr(core, 'lm_head')): return False
     if core not in _SEEN and requests:
-        _,context,option = requests[0]; ids = torch.tensor([context+option], device=next(core.parameters()).device)
+        _,context,option = max(requests, key=lambda r: len(r[1])+len(r[2])); ids = torch.tensor([context+option], device=next(core.parameters()).device)
         with torch.no_grad():
             own = torch.log_softmax(core(ids).logits[0].float(), -1)[len(context)-1:-1].gather(1, ids[0, len(context):, None]).sum().item()
             ours = option_logprobs(core, [(context, [option])], [], pad)[0][0][0]
@@ -150,6 +149,13 @@ def check_lm_eval():
     return HFLM
 
 # %% ../nbs/api/05c_engine.ipynb #18653116
+def _not_empty(request):
+    "lm_eval passes over `_encode_pair` where the context is empty; a system text would be lost with it"
+    context,*rest = request.args
+    if context: return request
+    request = copy.copy(request); request.arguments = (' ', *rest)
+    return request
+
 MARK = 'hmx-chat:'
 def chat_text(doc:dict)->str: # The conversation as one text
     "What lm_eval takes for the text of a lettered item"
@@ -169,7 +175,7 @@ class PolicyLM:
     def _read(self, context):
         "What the policy reads where lm_eval says `context`: the system text of a prompted arm stands before it"
         if self.chat: return self.prompted.get(context, context)
-        return '\n\n'.join(filter(None, [self.policy.spec.system_text, context]))
+        return '\n\n'.join(filter(None, [self.policy.spec.system_text, context if context.strip() else '']))
     def tok_encode(self, string, add_special_tokens=None, **kw):
         if self.chat and add_special_tokens is None: add_special_tokens = False
         return super().tok_encode(string, add_special_tokens=add_special_tokens, **kw)
@@ -179,6 +185,7 @@ class PolicyLM:
         return self.tok_encode(self._read(context)), self.tok_encode(continuation)
     def loglikelihood(self, requests, disable_tqdm=True):
         self.named = [_named(r) for r in requests]
+        if self.policy.spec.system_text and not self.chat: requests = [_not_empty(r) for r in requests]
         try: return super().loglikelihood(requests, disable_tqdm=True)
         finally: self.named = []
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'IDENTITIES', 'judge_prompt', 'criterion_text', 'head_text', 'query_text', 'fence', 'Pieces', 'label_ids',
            'label_logps', 'Row', 'query_tree', 'pack', 'visible', 'pieces_of', 'Branches', 'branch_attention',
-           'core_of', 'takes_branches', 'read_head', 'batch_rows', 'score_states', 'read_out', 'score_logits', 'Scores',
-           'read_scores', 'Judge', 'out_of_memory', 'check_packing', 'check_judge']
+           'core_of', 'takes_branches', 'read_head', 'sliding', 'batch_rows', 'score_states', 'read_out',
+           'score_logits', 'Scores', 'read_scores', 'Judge', 'out_of_memory', 'check_packing', 'check_judge']
 
 # %% ../nbs/api/03_judge.ipynb #74c1d9d6
 import logging,re,unicodedata,yaml
@@ -282,11 +282,17 @@ def read_head(net, # Causal language model
     return [(l.keys, l.values) for l in cache.layers]
 
 # %% ../nbs/api/03_judge.ipynb #960fcc8a
+def sliding(config)->dict: # `window` and `everywhere` of `batch_rows`
+    "Which layers of a model see a window only"
+    kinds,window = getattr(config, 'layer_types', None),getattr(config, 'sliding_window', None)
+    return dict(window=window if kinds is None or 'sliding_attention' in kinds else None, everywhere=kinds is None)
+
 def batch_rows(rows:list[Row], # Packed rows
                head:int, # Length of a cached head in front of each, tokens
                pad:int, # Padding token id
                dtype, device, # Of the mask
                window:int|None=None, # Sliding window, tokens, None where the model has none
+               everywhere:bool=False, # Whether all layers have it, not some
               )->dict: # input_ids, position_ids (B, L) and attention_mask (B, 1, L, head+L), or a dict of two masks
     "Pad rows and build the additive masks that keep branches apart"
     import torch
@@ -302,7 +308,7 @@ def batch_rows(rows:list[Row], # Packed rows
         m = torch.zeros(ok.shape, dtype=dtype, device=device)
         return m.masked_fill_(torch.from_numpy(~ok).to(device), torch.finfo(dtype).min)[:,None]
     mask = additive(see)
-    if window: mask = dict(full_attention=mask, sliding_attention=additive(see & (pos[:,:,None]-keys[:,None] < window)))
+    if window: near = additive(see & (pos[:,:,None]-keys[:,None] < window)); mask = near if everywhere else dict(full_attention=mask, sliding_attention=near)
     t = lambda x: torch.from_numpy(x).to(device)
     return dict(input_ids=t(ids), position_ids=t(pos), attention_mask=mask)
 
@@ -316,8 +322,7 @@ def score_states(net, # Causal language model, adapter as the caller wants it
     import torch
     core = core_of(net); param = next(core.parameters()); t = lambda x: torch.from_numpy(x).to(param.device)
     if head_kv is None:
-        window = core.config.sliding_window if 'sliding_attention' in (getattr(core.config, 'layer_types', None) or []) else None
-        hidden = core.model(**batch_rows(rows, 0, pad, param.dtype, param.device, window), use_cache=False).last_hidden_state
+        hidden = core.model(**batch_rows(rows, 0, pad, param.dtype, param.device, **sliding(core.config)), use_cache=False).last_hidden_state
         return [hidden[b, t(r.ends)] for b,r in enumerate(rows)]
     B = Branches(rows, head_kv, head_kv[0][0].dtype, param.device)
     with _our_attention(core):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'Direction', 'DATA', 'COLUMNS', 'Task', 'Panel', 'tasks_folder', 'find_task', 'named', 'measure_of',
-           'panel_path', 'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows', 'item_key',
-           'scorer_of', 'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder', 'weights_of',
-           'run_spec', 'four_bit', 'judge_roles', 'Judges', 'Case', 'judge_layout', 'task_settings', 'reading',
-           'find_run', 'write_manifest', 'check_evaluation', 'evaluate_all', 'evaluate', 'skipped', 'read_rows']
+           'panel_path', 'Item', 'check_items', 'load_panel', 'letter_metrics', 'prepare', 'prompt_sha', 'sample_rows',
+           'item_key', 'scorer_of', 'run_lm_eval', 'choose_prompts', 'expression', 'evals_folder', 'adapter_folder',
+           'weights_of', 'run_spec', 'four_bit', 'judge_roles', 'Judges', 'Case', 'judge_layout', 'task_settings',
+           'reading', 'find_run', 'write_manifest', 'check_evaluation', 'evaluate_all', 'evaluate', 'skipped',
+           'read_rows']
 
 # %% ../nbs/api/06_panel.ipynb #5a093478
 import functools,importlib.util,inspect,json,logging,re,shutil
@@ -116,6 +117,8 @@ def tasks_folder()->Path: # Folder of our task files
     "Where our tasks lie"
     return Path(hmx_feel.__file__).parent/'tasks'
 
+_NO_TASK = ('letters','sources') # a template and a list
+
 @functools.cache
 def _lm_eval_names(start:str='')->dict:
     "lm_eval's tasks; with `start` only the folders whose name it begins with"
@@ -130,9 +133,9 @@ def find_task(name:str, # Name of a task
              ): # Its YAML file; None for a group or tag of lm_eval
     "The file behind a task of kind lm_eval"
     for place in [*([Path(folder)] if folder else []), tasks_folder()]:
-        if (place/f'{name}.yaml').is_file(): return place/f'{name}.yaml'
+        if (place/f'{name}.yaml').is_file() and not (place==tasks_folder() and name in _NO_TASK): return place/f'{name}.yaml'
     entry = _lm_eval_names(name).get(name) or _lm_eval_names().get(name)
-    ours = [p.stem for p in tasks_folder().glob('*.yaml') if p.stem!='letters']
+    ours = [p.stem for p in tasks_folder().glob('*.yaml') if p.stem not in _NO_TASK]
     if entry is None:
         near = nearest(name, ours) or nearest(name, _lm_eval_names())
         raise UserError(f"task: found {name!r}, allowed: {', '.join(sorted(ours))}, a task of lm_eval, or one with `items`{near}")
@@ -182,6 +185,39 @@ def panel_path(name, # A shipped panel or a YAML file, `+sensitivity` may stand 
         raise UserError(f"{field}: found {name!r}, allowed: an existing file or one of {', '.join(names)}{nearest(name, names)}")
     return data_path('tasks/panels', name),bool(more)
 
+class Item(BaseModel):
+    "One lettered item; fields of your own may stand beside these"
+    id:str = Field(min_length=1, description="which item")
+    messages:list[dict[str,str]] = Field(min_length=1, description="the conversation, role and content")
+    options:list[str] = Field(min_length=2, description="what may be answered, such as A, B, C")
+    gold:int = Field(description="position of the right option")
+    hint:int|None = Field(None, description="position of the option that the asker leans to")
+    biased:int|None = Field(None, description="position of the option that a stereotype would pick")
+    longer:int|None = Field(None, description="position of the longer option")
+    order:int|None = Field(None, description="which order of the options")
+
+    @model_validator(mode='after')
+    def _fits(self):
+        if '' in self.options or len(set(self.options))<len(self.options): raise ValueError(f"options: found {self.options}, allowed: different texts, none of them empty")
+        for f in ('gold','hint','biased','longer'):
+            if (v := getattr(self, f)) is not None and not 0<=v<len(self.options): raise ValueError(f"{f}: found {v}, allowed: 0 to {len(self.options)-1}")
+        return self
+
+def check_items(path)->None: # Raises UserError
+    "Refuse a file of lettered items by file and line"
+    first = {}
+    for n,line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+        if not line.strip(): continue
+        try: raw = json.loads(line)
+        except json.JSONDecodeError as e: raise UserError(f"{path}: line {n}: found no JSON ({e.msg}), allowed: one JSON object a line") from None
+        if not isinstance(raw, dict): raise UserError(f"{path}: line {n}: found {type(raw).__name__}, allowed: a JSON object")
+        try: item = Item(**raw)
+        except ValidationError as e: raise UserError(f"{path}: line {n}: {explain(e, Item)}") from None
+        key = item.id,item.order
+        if key in first: raise UserError(f"{path}: line {n}: id: found {item.id!r}, which stands in line {first[key]} already, allowed: each id once in an order")
+        first[key] = n
+    if not first: raise UserError(f"{path}: no items, allowed: one JSON object a line")
+
 def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it adds the other ways of asking
               )->Panel: # Checked; every task in it exists
     "A panel by its name; mistakes are named by file, line, task and field"
@@ -199,6 +235,8 @@ def load_panel(name, # A shipped panel or a YAML file; `+sensitivity` behind it 
         except ValidationError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: sensitivity: {explain(e, Task)}") from None
         except UserError as e: raise UserError(f"{path}: {_line(path, ('tasks', i))}tasks.{t.name}: {e}") from None
     if more: panel.tasks = panel.tasks + [v for t in panel.tasks for v in t.variants()]
+    names = [t.name for t in panel.tasks]
+    if twice := next((n for n in names if names.count(n) > 1), None): raise UserError(f"{path}: found task {twice!r} twice, once as a sensitivity of another; allowed: each name once")
     return panel
 
 # %% ../nbs/api/06_panel.ipynb #f03d6b5e
@@ -211,6 +249,7 @@ def _check_task(task, path):
     elif task.task=='letters':
         if not (task.items or task.data): raise UserError("task: found 'letters' without items or data, allowed: letters with one of them")
     elif not task.items: find_task(task.behind, path.parent)
+    if task.items and (path.parent/task.items).is_file(): check_items(path.parent/task.items)
 
 def _check_measure(task):
     "Refuse options that the measure does not take"
@@ -536,13 +575,14 @@ def task_settings(task:Task, # A task
                   model:str, # Model of the run
                   weights:str, # From `model_id`
                   saved:dict|None=None, # config.json of the run; empty for one that is not made yet
+                  folder:Path|None=None, # Folder of the panel file
                  )->dict: # What determines its rows
     "What a task is run with"
     limit = min([n for n in (task.limit, config.limit) if n], default=0)
     out = dict(task=task.model_dump(mode='json', exclude={'limit','sensitivity','relation','metrics','endpoint'}, exclude_defaults=True), limit=limit, dtype=dtype_name(config.dtype), weights=weights,
                load=dict(quantisation='4bit'*four_bit(config, saved), backend='trl'), step=config.step, dose=config.dose)
     if task.kind=='measure': return out | dict(judges=_judges_read(task, config)) | getattr(measure_of(task), 'settings', lambda *_: {})(task, config, model, saved)
-    if task.kind=='lm_eval': return out
+    if task.kind=='lm_eval': return out | (dict(items=git_blob(file.read_bytes())) if task.items and (file := Path(folder or '.')/task.items).is_file() else {})
     rubric = Rubric.load(task.rubric)
     return out | dict(samples=config.samples, min_mass=config.min_mass, temperature=config.temperature, batch_size=config.batch_size, rubric=rubric.hash,
                       prompts=content_hash([p for p in load_prompts(task.prompts, split=task.split)]), judge='base', layout=judge_layout(config, model, rubric), max_new=task.max_new or recipe(model).max_completion)
@@ -589,7 +629,7 @@ def _untrained(config, arm:Arm|None)->dict: # run, spec, asked, and config.json'
     weights,name = model_id(spec),arm.name if arm else 'base'; _as_trained(config, name)
     if arm and arm.sign < 0: raise UserError(f"arm: found sign -1 in {name}, allowed: 1 for an arm that is not trained")
     text = arm.load_rubric().system_text() if arm else ''
-    asked = {t.name: task_settings(t, config, spec.name, weights) for t in panel.tasks}
+    asked = {t.name: task_settings(t, config, spec.name, weights, None, panel._folder) for t in panel.tasks}
     same = dict(source=weights, dtype=dtype_name(config.dtype), load_in_4bit=four_bit(config), system=content_hash(text) if text else '', schema=SCHEMA, package=hmx_feel.__version__,
                 **{k: getattr(config, k) for k in ('limit','samples','temperature','min_mass')})
     fits = [r for r in find_runs(config.root, config.model, name, finished=False) if all(r.identity.get(k)==v for k,v in same.items())
@@ -719,7 +759,7 @@ def _plan(config)->dict:
     new = _locate(config); run = new['run']
     saved = run.read_json('config.json') if (run/'config.json').is_file() else {}
     spec = new.get('spec') or run_spec(run, config); weights = model_id(spec)
-    asked = [(t, task_settings(t, config, spec.name, weights, saved)) for t in panel.tasks]
+    asked = [(t, task_settings(t, config, spec.name, weights, saved, panel._folder)) for t in panel.tasks]
     todo = [(t,s) for t,s in asked if not _done(run, t, s, config.replace)]
     four = four_bit(config, saved)
     if todo and four: check_4bit()
