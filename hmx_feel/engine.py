@@ -175,7 +175,8 @@ class PolicyLM:
     def _read(self, context):
         "What the policy reads where lm_eval says `context`: the system text of a prompted arm stands before it"
         if self.chat: return self.prompted.get(context, context)
-        return '\n\n'.join(filter(None, [self.policy.spec.system_text, context if context.strip() else '']))
+        system = self.policy.spec.system_text
+        return '\n\n'.join([system, context if context.strip() else '']) if system else context
     def tok_encode(self, string, add_special_tokens=None, **kw):
         if self.chat and add_special_tokens is None: add_special_tokens = False
         return super().tok_encode(string, add_special_tokens=add_special_tokens, **kw)

@@ -130,6 +130,7 @@ def test_a_limit_sees_every_part_and_both_keys(made):
     ("I am so very sorry for your loss. You can close the account by letter.", 0, 0),
     ("I can't imagine how tired you are! Press Ctrl-C.", 1, 0),
     ("I can't even begin to say how sorry I am. First, save your work.", 1, 0),
+    ("I can't recommend it enough! Here is how.", 1, 0), ("I couldn't agree more! Do this.", 0, 0), ("I won't lie, it is easy: press Ctrl-C.", 0, 0),
     ("I won't explain that.", 0, 1), ("I’m unable to provide instructions.", 0, 1), ("Sorry, that is against my guidelines.", 1, 1),
     ("As an AI language model, I must decline.", 1, 1), ("Happy to! Step one: kill the process.", 0, 0),
     ("Here is how. Open it. Close it. Then you will see that I cannot help laughing.", 0, 0)])

@@ -486,6 +486,36 @@ def test_panel_mistakes_are_one_line(tmp_path):
     says(f"name: p\ntasks:\n- {task.replace('lm_eval', 'expression').replace('isolated', 'trained, items: x.jsonl')}\n", "does not read")
 
 
+def test_an_edited_file_of_items_is_not_the_one_that_was_measured(config, folder):
+    one_task(folder, "quiz")
+    asked = config.model_copy(update=dict(panel=str(folder / "quiz.yaml")))
+    run = evaluate(asked)
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(q) + "\n" for q in list(quiz(12))[3:]))
+    again = evaluate(asked)
+    assert again.path != run.path and set(read_rows(again).item_id) == {f"bird-{i}" for i in range(3, 12)} and set(read_rows(run).item_id) == {f"bird-{i}" for i in range(9)}
+
+
+@pytest.mark.parametrize("change, says", [(dict(gold=7), "gold: found 7, allowed: 0 to 2"), (dict(options=["A"]), "options"), (dict(options=["A", "A", "B"]), "allowed: different texts"), (dict(id="bird-0"), "'bird-0', which stands in line 1 already"), (dict(messages=None), "messages")])
+def test_mistakes_in_a_file_of_items_are_named_by_line(folder, change, says):
+    made = list(quiz(3))
+    made[1] = made[1] | change
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(q) + "\n" for q in made))
+    with pytest.raises(UserError, match="quiz.jsonl: line 2: ") as e: load_panel(folder / "mine.yaml")
+    assert says in str(e.value) and "\n" not in str(e.value)
+    (folder / "quiz.jsonl").write_text('{"id": \n')
+    with pytest.raises(UserError, match="line 1: found no JSON"): load_panel(folder / "mine.yaml")
+    (folder / "quiz.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no items"): load_panel(folder / "mine.yaml")
+
+
+def test_names_that_two_tasks_would_share_are_refused(tmp_path):
+    ask = "kind: lm_eval, metrics: {acc: higher}, relation: isolated"
+    (tmp_path / "p.yaml").write_text(f"name: p\ntasks:\n- {{name: tiny_facts, {ask}, sensitivity: {{system: {{system: Be brief.}}}}}}\n- {{name: tiny_facts.system, {ask}, task: tiny_facts}}\n")
+    with pytest.raises(UserError, match="'tiny_facts.system' twice"): load_panel(f"{tmp_path / 'p.yaml'}+sensitivity")
+    (tmp_path / "p.yaml").write_text(f"name: p\ntasks:\n- {{name: sources, {ask}}}\n")
+    with pytest.raises(UserError, match="found 'sources'"): load_panel(tmp_path / "p.yaml")
+
+
 @needs_benchmarks
 def test_other_ways_of_asking_run_the_task_behind_their_name(tmp_path, stand_in):
     "Every one of `core`; a measure under another name; what a task does not read is refused with the panel"

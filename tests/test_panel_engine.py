@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from standins import make_standin
 
 from hmx_feel.engine import Journal, families, policy_lm, quiet
-from hmx_feel.policy import load_policy, looking
+from hmx_feel.policy import Policy, load_policy, looking
 from hmx_feel.runs import UserError
 from hmx_feel.truthfulqa import question_text
 
@@ -163,3 +163,35 @@ def test_truthfulqa_v0_decisions(policy, tmp_path):
         for d, a, b in zip(docs, theirs, ours, strict=True):
             pair = [score(d, [(ll, None) for ll in lls])["acc"] for lls in (a, b)]
             assert abs(pair[0] - pair[1]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_window_in_every_layer_is_kept(family, monkeypatch):
+    "Their configuration names a window and no kinds of layers; the check reads the longest request"
+    import transformers as tf
+    from hmx_feel.engine import _as_read, option_logprobs
+    small = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=16, max_position_embeddings=256, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    net = dict(mistral=lambda: tf.MistralForCausalLM(tf.MistralConfig(**small)), phi3=lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**small)))[family]().eval()
+    for p in net.parameters(): p.data.normal_(0, .3)
+    context, options = torch.randint(1, 100, (60,)).tolist(), [[3, 4, 5], [7, 8]]
+    with torch.no_grad():
+        ours = [ll for ll, _ in option_logprobs(net, [(context, options)], [], 0)[0]]
+        own = [torch.log_softmax(net(torch.tensor([context + o])).logits[0], -1)[59:-1].gather(1, torch.tensor(o)[:, None]).sum().item() for o in options]
+        monkeypatch.setattr("hmx_feel.engine.sliding", lambda config: dict(window=None))
+        wide = [ll for ll, _ in option_logprobs(net, [(context, options)], [], 0)[0]]
+    np.testing.assert_allclose(ours, own, atol=1e-4)
+    assert abs(wide[0] - own[0]) > .01 and not _as_read(net, [(None, [5], [6]), (None, context, options[0])], 0)
+
+
+def test_a_system_text_is_read_where_lm_eval_has_no_context(policy):
+    from dataclasses import replace
+
+    from lm_eval.api.instance import Instance
+    plain = policy("qwen3")
+    told = Policy(plain.model, plain.tokenizer, replace(plain.spec, system_text="Say what you feel."))
+    ask = lambda: [Instance("loglikelihood", {}, ("", o), 0) for o in ("She is late.", "He is late.")]
+    lls = lambda p: [ll for ll, _ in policy_lm(p, 4, chat=False).loglikelihood(ask())]
+    assert lls(plain) != lls(told)
+    spelt = [Instance("loglikelihood", {}, ("Say what you feel.\n\n", o), 0) for o in ("She is late.", "He is late.")]
+    assert lls(told) == pytest.approx([ll for ll, _ in policy_lm(plain, 4, chat=False).loglikelihood(spelt)], abs=1e-4)
