@@ -141,6 +141,7 @@ def bbq(folder='', # Folder of benchmark data; empty = $HMX_BENCHMARKS
     "BBQ with its options shown"
     odd = [c for c in categories if c not in CATEGORIES]
     if odd: raise UserError(f"bbq: categories: found {odd[0]!r}, allowed: {', '.join(CATEGORIES)}{nearest(odd[0], CATEGORIES)}")
+    if not categories or not orders or set(orders)-{0,1,2}: raise UserError(f"bbq: {'categories' if not categories else 'orders'}: found {list(categories and orders)}, allowed: {', '.join(CATEGORIES) if not categories else 'some of 0, 1, 2'}")
     rows,files,missing,pairs = [],{},{},{}
     for c in categories:
         try:

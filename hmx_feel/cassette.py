@@ -46,10 +46,12 @@ def read_cassette(path, # What `write_cassette` wrote
     "The rows of a cassette, scored again where we can"
     try: lines = [json.loads(l) for l in gzip.decompress(Path(path).read_bytes()).decode().splitlines()]
     except (OSError, EOFError, ValueError) as e: raise UserError(f"{path}: no cassette ({e})") from None
-    if not lines or 'manifest' not in lines[0]: raise UserError(f"{path}: found no first line with a manifest, allowed: a cassette")
+    if not lines or not {'manifest','keys'} <= set(lines[0]): raise UserError(f"{path}: found no first line with manifest and keys, allowed: a cassette")
     head = lines[0]; check_schema(head.get('schema'), path)
     rows = pd.DataFrame(lines[1:], columns=COLUMNS)
     rows['value'] = rows.value.astype(float); rows['missing'] = rows.missing.astype(bool)
+    for task,note in head['manifest']['tasks'].items():
+        if note['status']=='done' and (n := int((rows.task==task).sum()))!=note.get('rows', n): raise UserError(f"{path}: {task}: found {n} of {note['rows']} rows, allowed: a whole cassette")
     parts = [rescored(g, head['keys'].get(task, {})) for task,g in rows.groupby('task', sort=False)]
     return head,pd.concat(parts, ignore_index=True)
 

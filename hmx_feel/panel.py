@@ -244,12 +244,19 @@ def _check_task(task, path):
     "Refuse what no task file, data set, function or rubric stands behind"
     if task.data and task.data not in DATA: raise UserError(f"data: found {task.data!r}, allowed: {', '.join(DATA)}{nearest(task.data, DATA)}")
     if task.score: named(task.score, 'score')
+    if task.data: _check_options(task)
     if task.kind=='expression': Rubric.load(task.rubric)
     elif task.kind=='measure': _check_measure(task)
     elif task.task=='letters':
         if not (task.items or task.data): raise UserError("task: found 'letters' without items or data, allowed: letters with one of them")
     elif not task.items: find_task(task.behind, path.parent)
     if task.items and (path.parent/task.items).is_file(): check_items(path.parent/task.items)
+
+def _check_options(task):
+    "Refuse options that registered data do not take"
+    allowed = [p for p in inspect.signature(DATA[task.data]).parameters if p not in ('folder','version')]
+    for o in task.options:
+        if o not in allowed: raise UserError(f"options: found {o!r}, allowed: {', '.join(allowed) or 'none'}{nearest(o, allowed)}")
 
 def _check_measure(task):
     "Refuse options that the measure does not take"
@@ -293,9 +300,6 @@ def _changes(task, config)->dict:
 
 def _docs(task, benchmarks)->tuple:
     "Items of registered data, and where they come from"
-    allowed = [p for p in inspect.signature(DATA[task.data]).parameters if p not in ('folder','version')]
-    for o in task.options:
-        if o not in allowed: raise UserError(f"task {task.name}: options: found {o!r}, allowed: {', '.join(allowed) or 'none'}{nearest(o, allowed)}")
     return DATA[task.data](benchmarks or '', **task.options)
 
 # %% ../nbs/api/06_panel.ipynb #d7ed9971

@@ -484,6 +484,7 @@ def test_panel_mistakes_are_one_line(tmp_path):
     says(f"name: p\ntasks:\n- {task.replace('tiny_facts', 'helaswag')}\n", r"nearest: 'hellaswag'")
     says(f"name: p\ntasks:\n- {task.replace('kind: lm_eval', 'kind: expression, rubric: hmx-fee')}\n", "nearest: 'hmx-feel'")
     says(f"name: p\ntasks:\n- {task.replace('lm_eval', 'expression').replace('isolated', 'trained, items: x.jsonl')}\n", "does not read")
+    says("name: p\ntasks:\n- {name: bbq, kind: lm_eval, task: letters, data: bbq, options: {categorys: [Age]}, metrics: {acc: higher}, relation: isolated}\n", "line 3: tasks.bbq: options: found 'categorys', allowed: .*nearest: 'categories'")
 
 
 def test_an_edited_file_of_items_is_not_the_one_that_was_measured(config, folder):

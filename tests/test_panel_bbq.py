@@ -126,3 +126,15 @@ def test_a_limited_run_sees_every_category():
     assert {d["cluster"].split("/")[0] for d in first} == set(SIX)
     assert {d["condition"] for d in first} == {"ambig", "disambig aligned", "disambig opposed"}
     assert set(about["missing"]) >= {"SES", "Gender_identity"} or not about["missing"]
+
+
+@pytest.mark.parametrize("options, says", [(dict(orders=[]), "orders: found [], allowed: some of 0, 1, 2"), (dict(orders=[0, 3]), "orders: found [0, 3]"), (dict(categories=[]), "categories: found [], allowed: Age")])
+def test_no_orders_and_no_categories_are_refused(options, says):
+    with pytest.raises(UserError) as e: bbq(**options)
+    assert says in str(e.value)
+
+
+def test_a_broken_archive_is_one_line(tmp_path):
+    (tmp_path / "bbq" / "data").mkdir(parents=True)
+    (tmp_path / "bbq" / "data" / "Age.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00 not an archive")
+    with pytest.raises(UserError, match=r"Age.jsonl.gz: cannot be unpacked \(.*\); get it anew"): benchmark_file("bbq/data/Age.jsonl", str(tmp_path))

@@ -17,7 +17,7 @@ from standins import make_standin
 from hmx_feel import panel
 from hmx_feel.panel import evaluate, evaluate_all, read_rows
 from hmx_feel.policy import check_model, load_policy, model_id
-from hmx_feel.runs import EvaluateConfig, Run
+from hmx_feel.runs import EvaluateConfig, Run, UserError
 
 torch.set_num_threads(1)
 notebooks = Path(__file__).resolve().parents[1] / "nbs"
@@ -119,10 +119,11 @@ def test_three_runs_in_one_process_load_the_weights_once(folder, tmp_path, monke
 
 def test_a_cassette_rebuilds_tables_where_torch_is_not(folder, tmp_path):
     "Equal values and byte-equal csv and json, in a process that can import neither torch, transformers nor lm_eval"
+    import gzip
     import subprocess
     import sys
 
-    from hmx_feel.cassette import write_cassette
+    from hmx_feel.cassette import read_cassette, write_cassette
     from hmx_feel.stats import summary
     run = evaluate(config(folder, tmp_path / "runs"))
     tape = write_cassette(run, tmp_path / "tape.jsonl.gz")
@@ -140,3 +141,7 @@ def test_a_cassette_rebuilds_tables_where_torch_is_not(folder, tmp_path):
     assert (tmp_path / "t.csv").read_text() == summary(rows).to_csv() and (tmp_path / "t.json").read_text() == rows.to_json(orient="records")
     again, = (Run(p.parent) for p in (tmp_path / "again").glob("*/base/*/config.json"))
     for name in ("evals/manifest.json", "config.json", "result.json"): assert (again / name).read_bytes() == (run / name).read_bytes()
+    lines = gzip.decompress(tape.read_bytes()).splitlines(keepends=True)
+    for kept, says in ((lines[:-5], r"found \d+ of \d+ rows, allowed: a whole cassette"), ([b'{"manifest": {}, "schema": 1}\n'], "no first line with manifest and keys")):
+        tape.write_bytes(gzip.compress(b"".join(kept)))
+        with pytest.raises(UserError, match=says): read_cassette(tape)
