@@ -115,6 +115,7 @@ def check_train(config)->None:
     from hmx_feel.grpo import check_run
     check_writable(config.root)
     checked = check_run(config)
+    if config.run: return   # a report on it
     run = finished_run(config, checked['arm'].name, checked['identity'])
     if run and not config.replace: raise UserError(f"{run.path} is finished; give --replace to run it again, another --seed for another run, or evaluate it")
 

@@ -6,7 +6,7 @@
 __all__ = ['PATTERNS', 'STANCES', 'PARALLEL', 'ONSET', 'words', 'sentences', 'distinct', 'longest_repeat', 'pattern_counts',
            'stance', 'foreign', 'language', 'text_measures', 'text_veto', 'probe_answers', 'distance', 'first_person',
            'Emotions', 'check_emotions', 'DriftLedger', 'ledger_rows', 'ledger_summary', 'features', 'outside_columns',
-           'onset_curves', 'onset', 'first_alarm', 'run_onset']
+           'outside_scores', 'onset_curves', 'onset', 'first_alarm', 'run_onset']
 
 # %% ../nbs/api/04_drift.ipynb #edbdf5a3
 import re
@@ -415,7 +415,7 @@ def _left(r, X, having, o, begins)->np.ndarray: # One sum of squares for each co
     u = np.array(u).reshape(-1, len(r)); size,pay = (u*u).sum(1),u@rest
     return np.where((size>1) & (pay>0), rest@rest - pay**2/np.maximum(size, 1), np.inf)
 
-def _paid(X, r, o, begins, R)->tuple: # Columns that make the shortcut, and the premium of holding any of them
+def _paid(X, r, o, begins, R)->tuple: # The parts of the shortcut, each with its columns and the premium of holding any of them; the highest premium of all
     "Explain the reward by features, each taken up beside the others or joined to one of them, whichever leaves less"
     near = np.sort(np.argsort(np.round(_left(r, X, np.zeros(len(r), bool), o, begins), 6), kind='stable')[:R['candidates']])   # still the longest names first
     C,parts = X[:,near],[]
@@ -424,18 +424,22 @@ def _paid(X, r, o, begins, R)->tuple: # Columns that make the shortcut, and the 
     for _ in range(R['most'] if len(near) else 0):
         now,ways = (_rest(r, beside(None))**2).sum(),[([], _left(r, C, have([]), beside(None), begins)), *((p, _left(r, C, have(p), beside(p), begins)) for p in parts)]
         part,left = min(ways, key=lambda w: w[1].min()); k = int(np.argmin(np.round(left, 6)))
-        if len(r)*(now-left[k]) < R['errors']**2*left[k]: break
+        if (len(r)-o.shape[1]-len(parts)-1)*(now-left[k]) < R['errors']**2*left[k]: break
         if not part: parts.append(part)
         part.append(k)
     if not parts: return [], 0.
     a = beside(None); worth = np.linalg.solve(a.T@a + 1e-3*np.eye(a.shape[1]), a.T@r)[o.shape[1]:]
-    return [int(near[k]) for p,w in zip(parts, worth, strict=True) if w >= R['premium'] for k in p], float(worth.max())
+    return [([int(near[k]) for k in p], float(w)) for p,w in zip(parts, worth, strict=True) if w >= R['premium']], float(worth.max())
 
 # %% ../nbs/api/04_drift.ipynb #05943689
 def outside_columns(columns)->list[str]: # Criteria scored by who does not pay, or by nobody paid
     "Which columns of completions/<step>.parquet are outside measures"
     theirs = [c for c in columns if re.fullmatch(r'[\w-]+(\.[\w-]+){2}', c) and '.veto.' not in c]
     return theirs or [c for c in columns if c.startswith('held.')]
+
+def outside_scores(completions)->list[str]: # Columns
+    "Outside measures that most completions have; a criterion that a judge mostly leaves open would take the rest with it"
+    return [c for c in outside_columns(completions.columns) if completions[c].notna().mean() >= .5]
 
 # %% ../nbs/api/04_drift.ipynb #5d3ed57c
 def _usable(completions, outside:list[str])->tuple: # Rows in order, where groups begin, where steps begin
@@ -470,18 +474,21 @@ def _at(S, t:int, R)->dict:
     "One step of the curves"
     since,end = S.begins[max(0, t+1-R['memory'])],S.ends[t]; seen,now = since+np.flatnonzero(S.live[since:end]),slice(S.begins[max(0, t+1-R['smooth'])], end)
     begins = np.flatnonzero(np.diff(S.group[seen], prepend=-1))
-    chosen,premium = _paid(S.X[seen]>0, S.rw[seen], S.ow[seen], begins, R) if len(seen) else ([], 0.)
-    share,before = (float((S.X[w][:,chosen]>0).any(1).mean()) for w in (now, S.start))
-    reward,gap = float(S.r[now].mean()),premium*(share-before)
+    parts,highest = _paid(S.X[seen]>0, S.rw[seen], S.ow[seen], begins, R) if len(seen) else ([], 0.)
+    shares = lambda columns: [float((S.X[w][:,columns]>0).any(1).mean()) for w in (now, S.start)]
+    chosen = [k for columns,_ in parts for k in columns]; share,before = shares(chosen)
+    each = [(worth, *shares(columns)) for columns,worth in parts]; held = sum(now for _,now,_ in each)
+    premium = sum(worth*now for worth,now,_ in each)/held if held else highest
+    reward,gap = float(S.r[now].mean()),sum(worth*(now-then) for worth,now,then in each)
     return dict(step=int(S.step[t]), reward=reward, without=reward-S.unit*gap, gap=gap, share=share, rise=share-before, premium=premium, shortcut=', '.join(S.names[chosen]))
 
 # %% ../nbs/api/04_drift.ipynb #d702c6e1
 def onset_curves(completions, # All rows of completions/*.parquet: step, prompt_id, completion, reward, outside scores
-                 outside:list[str]|None=None, # Columns of outside scores; None: `outside_columns`
+                 outside:list[str]|None=None, # Columns of outside scores; None: `outside_scores`
                  **rule): # Other values for `ONSET`
     "Step by step: reward, the reward without what the shortcut adds, and the shortcut that is paid"
     import pandas as pd
-    R,outside = ONSET|rule,outside_columns(completions.columns) if outside is None else list(outside)
+    R,outside = ONSET|rule,outside_scores(completions) if outside is None else list(outside)
     S = _prepared(completions, outside, R) if outside and len(completions) else None
     df = pd.DataFrame([_at(S, t, R) for t in range(len(S.step))] if S else [], columns=['step','reward','without','gap','share','rise','premium','shortcut'])
     return df.assign(alarm=(df.share>=R['share']) & (df.rise>=R['rise']) & (df.gap>=R['gap']))
@@ -489,7 +496,7 @@ def onset_curves(completions, # All rows of completions/*.parquet: step, prompt_
 # %% ../nbs/api/04_drift.ipynb #790cfeeb
 def onset(completions, # All rows of completions/*.parquet: step, prompt_id, completion, reward, outside scores
           drift=None, # Rows of drift.jsonl as a table, for the KL at that step
-          outside:list[str]|None=None, # Columns of outside scores; None: `outside_columns`
+          outside:list[str]|None=None, # Columns of outside scores; None: `outside_scores`
           **rule): # Other values for `ONSET`
     "The first step at which a run is paid for a shortcut, with what was found there; None if there is none"
     return first_alarm(onset_curves(completions, outside, **rule), drift, **rule)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 from .runs import UserError,find_runs,nearest,read_parquet,runs_root,split_list
 from .rubric import Rubric
-from .drift import ONSET,PARALLEL,first_alarm,onset_curves,outside_columns
+from .drift import ONSET,PARALLEL,first_alarm,onset_curves,outside_scores
 from .stats import smoothed
 from .plots import ARMS,INK,SPARE,_dark,_end_labels,_start,_steps,arm_look,arm_order
 
@@ -194,14 +194,14 @@ def _stack(ax, rows, title):
 # %% ../nbs/api/08c_drift_plots.ipynb #e5f43716
 def onset_evidence(run, # A run, finished or not
                    **rule, # Other values for `ONSET`
-                  )->SimpleNamespace: # curves (from `onset_curves`), found (a dictionary or None), outside (columns of outside scores), steps (of the run)
+                  )->SimpleNamespace: # curves (from `onset_curves`), found (a dictionary or None), outside (columns of outside scores), steps (that have them)
     "What the onset rule sees in a run folder"
     parts = [read_parquet(p) for p in sorted((run/'completions').glob('*.parquet'))]
     rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['step','reward'])
-    outside = outside_columns(rows.columns); curves = onset_curves(rows, outside, **rule)
+    outside = outside_scores(rows); curves = onset_curves(rows, outside, **rule)
     said = run.read_json('result.json') if run.finished and not rule else {}
     found = said['onset'] if 'onset' in said else first_alarm(curves, pd.DataFrame(run.read_jsonl('drift.jsonl')), **rule)
-    return SimpleNamespace(curves=curves, found=found, outside=outside, steps=rows.step.nunique(), rule=ONSET|rule)
+    return SimpleNamespace(curves=curves, found=found, outside=outside, steps=rows.dropna(subset=['reward',*outside]).step.nunique(), rule=ONSET|rule)
 
 # %% ../nbs/api/08c_drift_plots.ipynb #d041fee5
 def onset_sentence(e, # From `onset_evidence`
@@ -212,7 +212,7 @@ def onset_sentence(e, # From `onset_evidence`
     scores = f"{len(e.outside)} outside score{'s'*(len(e.outside)!=1)} ({kinds})"
     if e.found: return _found_sentence(e.found, scores)
     if not e.outside: return "The onset of reward hacking was not looked for: no outside scores were logged with the completions."
-    if e.curves.empty: return f"The onset of reward hacking was not looked for: it takes more than {R['start']} steps with scores, and this run has {e.steps}."
+    if e.curves.empty: return f"The onset of reward hacking was not looked for: it takes more than {R['start']} steps with reward and outside scores, and this run has {e.steps}."
     none,near = f"No onset of reward hacking in {len(e.curves)} steps.",_nearest_miss(e.curves)
     return f"{none} {near}" if brief else (f"{none} Looked for: a word, a run of three words, an opening, a pattern or a length that is paid {R['premium']:g} SD beyond {scores}, stands in {R['share']:.0%} of the completions, "
             f"has gained {R['rise']:.0%} since the start, and so adds {R['gap']:g} SD to the reward, {R['patience']} steps in a row. {near}")

@@ -23,7 +23,7 @@ from .rubric import Rubric,Arm,load_arm,load_prompts,train_prompts
 from .policy import Average,Policy,_source,check_model,context_of,dtype_name,load_policy,load_tokenizer,model_id,prompt_ids,recipe,turns
 from .backend import card_defaults,changed_settings,check_backend,check_memory,config_of,device_memory,estimate_memory,free_memory,linear_layers,load_trainable
 from .judge import IDENTITIES,Judge,Pieces,Scores,check_judge,check_packing,judge_prompt
-from .endpoint import EndpointJudge,add_up
+from .endpoint import EndpointJudge,add_up,check_reachable
 from .exam import calibration_for,check_layout,judge_identity
 from .drift import PARALLEL,DriftLedger,check_emotions,text_veto,ledger_summary,run_onset
 from .card import check_push,push,write_card
@@ -218,7 +218,9 @@ def check_paying_judge(config:TrainConfig)->None:
     if config.judge!='external' and (config.judge_model or config.judge_url): raise UserError(f"judge: found {config.judge!r} with judge_model or judge_url, allowed: judge=external with them")
     if config.judge=='external' and not config.judge_model: raise UserError("judge_model: empty, allowed with judge=external: a short name, hub id or local folder, or the model's name behind judge_url")
     if config.judge=='external' and not config.judge_url: check_model(config.judge_model, '', config.trust_remote_code)
-    for name in split_list(config.outside_judges): check_model(name, '', config.trust_remote_code)
+    for name in split_list(config.outside_judges):
+        try: check_model(name, '', config.trust_remote_code)
+        except UserError as e: raise UserError(f"outside_judges: {e}") from None
 
 # %% ../nbs/api/05_grpo.ipynb #75a6132c
 def judge_warnings(config:TrainConfig)->list[str]: # Nothing to say about a judge that was found fit
@@ -332,6 +334,8 @@ def check_fit(checked:dict)->None:
     config,spec,prompts = checked['config'],checked['spec'],checked['prompts']
     tok,context = load_tokenizer(spec),context_of(spec)
     room = context-config.max_completion
+    if room < 1: raise UserError(f"max_completion: found {config.max_completion}, allowed: less than the model's context of {context} tokens")
+    if config.judge_url: check_reachable(config.judge_url)
     long = [p.id for p in prompts if len(prompt_ids(tok, p.chat, spec)) > room]
     if long: raise UserError(f"prompts: {len(long)} are longer than the {room} tokens that max_completion={config.max_completion} leaves of the context: {', '.join(long[:10])}{', ...' if long[10:] else ''}")
     for rubric in (checked['rubric'], Rubric.load('hmx-feel')):

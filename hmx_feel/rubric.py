@@ -188,8 +188,8 @@ def _only(r:Rubric, dimensions:list[str])->Rubric:
     "The rubric with some of its dimensions"
     dimensions = split_list(dimensions) if isinstance(dimensions, str) else list(dimensions)
     for d in dimensions:
-        if d not in r.dimensions: raise UserError(f"dimension: found {d!r}, allowed: {', '.join(r.dimensions)}{nearest(d, r.dimensions)}")
-    if not dimensions: raise UserError(f"dimension: found none, allowed: {', '.join(r.dimensions)}")
+        if d not in r.dimensions: raise UserError(f"dimensions: found {d!r}, allowed: {', '.join(r.dimensions)}{nearest(d, r.dimensions)}")
+    if not dimensions: raise UserError(f"dimensions: found none, allowed: {', '.join(r.dimensions)}")
     return r.model_copy(update=dict(name='-'.join([r.name, *dimensions]), criteria=[c for c in r.criteria if c.dimension in dimensions]))
 
 # %% ../nbs/api/01_rubric.ipynb #00021dfc

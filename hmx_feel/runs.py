@@ -160,7 +160,7 @@ class BaseConfig(BaseModel):
 
 # %% ../nbs/api/00_runs.ipynb #4e313d48
 _MODEL = Field('tiny', min_length=1, description="model to train or read: a short name, a hub id or a local folder")
-_SEED = Field(0, ge=0, description="seed of the run; equal seeds share their LoRA start, prompt order and sampling over all arms")
+_SEED = Field(0, ge=0, le=2**32-1, description="seed of the run; equal seeds share their LoRA start, prompt order and sampling over all arms")
 _MASS = Field(.5, ge=0, le=1, description="below this probability on the score tokens a score is missing")
 _THREADS = Field(1, ge=1, description="torch threads; results are promised to repeat for equal numbers only")
 _DTYPE = Field('auto', description="number type of the weights; auto: float32 on a CPU, bfloat16 on a GPU that has it")
@@ -192,7 +192,7 @@ class TrainConfig(BaseConfig):
     dimensions:str = Field('', description="dimensions of the rubric that are paid, comma-separated; empty: all")
     prompts:str = Field('hmx-feel', min_length=1, description="prompts: a shipped name or a JSONL file")
     train_kinds:str = Field('', description="prompt kinds trained on, comma-separated; empty: all kinds that the rubric pays")
-    steps:int|None = Field(None, ge=1, description="optimizer steps; None: the model's recipe")
+    steps:int|None = Field(None, ge=1, le=10**6, description="optimizer steps; None: the model's recipe")
     lr:float|None = Field(None, gt=0, description="learning rate; None: the model's recipe")
     max_completion:int|None = Field(None, ge=1, description="longest answer in tokens; None: the model's recipe")
     group_size:int = Field(8, ge=2, description="completions per prompt, compared with each other")
@@ -200,7 +200,7 @@ class TrainConfig(BaseConfig):
     micro_batch:int|None = Field(None, ge=1, description="completions per forward and backward pass, a divisor of completions_per_step; less needs less memory; None: the model's recipe")
     beta:float = Field(.02, ge=0, description="weight of the KL divergence from the untrained model")
     warmup_steps:int|None = Field(None, ge=0, description="steps until the learning rate is reached; None: the model's recipe")
-    temperature:float = Field(1., gt=0, description="sampling temperature")
+    temperature:float = Field(1., ge=.01, description="sampling temperature")
     lora_r:int = Field(16, ge=1, description="LoRA rank")
     lora_alpha:int = Field(32, ge=1, description="LoRA alpha")
     target_modules:str = Field('', description="linear layers that the adapter is put on, comma-separated, such as q_proj,v_proj; empty: all")

@@ -320,6 +320,18 @@ def finished(qwen3, tmp_path, monkeypatch):
     return open_run(check_run(TrainConfig(model=str(qwen3), steps=2, runs=str(tmp_path / "runs")))).finish({})
 
 
+def test_a_report_on_a_finished_run_is_no_second_run(finished, qwen3, tmp_path):
+    from hmx_feel.cli import check_train
+    from hmx_feel.runs import TrainConfig
+    from hmx_feel.rubric import Rubric, load_arm
+    finished.update_json("config.json", dict(resolved=dict(model=str(qwen3), steps=2), arm_data=load_arm("forward").model_dump(), rubric=Rubric.load("hmx-feel").model_dump()))
+    check_train(TrainConfig(run=str(finished.path), model=str(qwen3), steps=2, runs=str(tmp_path / "runs")))
+
+
+@pytest.mark.parametrize("option, says", [(["--seed", "99999999999"], ["seed", "4294967295"]), (["--steps", "9" * 20], ["steps", "1000000"]), (["--temperature", "1e-300"], ["temperature", "0.01"]), (["--dimensions", "surprse"], ["dimensions: found 'surprse'"]), (["--outside-judges", "nosuch"], ["outside_judges: "])])
+def test_numbers_and_names_out_of_range(refused, option, says): refused(["train", *option], *says)
+
+
 def test_a_finished_run_is_not_done_again(refused, finished, qwen3):
     refused(["train", "--model", qwen3, "--steps", "2"], str(finished.path), "is finished", "--replace", "--seed")
 

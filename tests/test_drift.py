@@ -326,6 +326,23 @@ def test_a_list_of_words_is_found_though_answers_hold_several(seed):
     assert last.share > .8 and last.gap == pytest.approx(last.premium * last.rise) and last.reward - last.without == pytest.approx(.5 * last.rise, rel=.35)
 
 
+def test_what_a_shortcut_of_unequal_parts_adds_is_the_sum_of_what_each_adds():
+    "A rare word that is paid much does not set the price of a common one"
+    rng, df = np.random.default_rng(0), made_up(paid=0, spread=0)
+    rare, common = (rng.random(len(df)) < np.clip(rise * (df.step - 8), 0, most) for rise, most in ((.01, .15), (.03, .45)))
+    df["completion"] = [" ".join([*c.split()[int(a) + int(b):], *["alphax"] * a, *["betay"] * b]) for c, a, b in zip(df.completion, rare, common, strict=True)]
+    df["reward"] += .8 * rare + .3 * common
+    last = onset_curves(df).iloc[-1]
+    late = df.step > 25
+    assert {"alphax", "betay"} <= set(last.shortcut.replace('"', "").replace(",", "").split())
+    assert last.reward - last.without == pytest.approx(.8 * rare[late].mean() + .3 * common[late].mean(), rel=.25)
+
+
+def test_a_criterion_that_is_mostly_left_open_does_not_hide_the_rest():
+    df = made_up().assign(**{"held.open": np.nan})
+    assert onset(df) == onset(made_up())
+
+
 def test_a_phrase_that_carries_what_the_rubric_asks_for_is_no_shortcut():
     "It is paid, and the outside scores see why"
     df = made_up(paid=0)

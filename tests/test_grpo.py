@@ -168,7 +168,7 @@ def test_one_run_is_trained_once_at_a_time(tmp_path):
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
-@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), r"prompts: \d{2,} are longer than the 6 tokens that max_completion=4090 leaves of the context: (\S+, ){10}\.\.\.$"), (dict(max_completion=3500), "of the model's 4096 tokens")])
+@pytest.mark.parametrize(("change", "piece"), [(dict(max_completion=4090), r"prompts: \d{2,} are longer than the 6 tokens that max_completion=4090 leaves of the context: (\S+, ){10}\.\.\.$"), (dict(max_completion=3500), "of the model's 4096 tokens"), (dict(max_completion=9999), "max_completion: found 9999, allowed: less than the model's context of 4096"), (dict(judge="external", judge_model="m", judge_url="http://127.0.0.1:9/v1"), r"judge_url: http://127.0.0.1:9/v1 cannot be reached \(.*refused\)")])
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, change, piece):
     with pytest.raises(UserError, match=piece): train(TrainConfig(runs=str(tmp_path), **change))
     assert not list(tmp_path.iterdir())
