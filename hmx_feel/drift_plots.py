@@ -212,7 +212,7 @@ def onset_sentence(e, # From `onset_evidence`
     scores = f"{len(e.outside)} outside score{'s'*(len(e.outside)!=1)} ({kinds})"
     if e.found: return _found_sentence(e.found, scores)
     if not e.outside: return "The onset of reward hacking was not looked for: no outside scores were logged with the completions."
-    if e.curves.empty: return f"The onset of reward hacking was not looked for: it takes more than {R['start']} steps with reward and outside scores, and this run has {e.steps}."
+    if e.curves.empty: return f"The onset of reward hacking was not looked for: it takes more than {R['start']} steps with scores, and this run has {e.steps}."
     none,near = f"No onset of reward hacking in {len(e.curves)} steps.",_nearest_miss(e.curves)
     return f"{none} {near}" if brief else (f"{none} Looked for: a word, a run of three words, an opening, a pattern or a length that is paid {R['premium']:g} SD beyond {scores}, stands in {R['share']:.0%} of the completions, "
             f"has gained {R['rise']:.0%} since the start, and so adds {R['gap']:g} SD to the reward, {R['patience']} steps in a row. {near}")

@@ -300,6 +300,7 @@ def _changes(task, config)->dict:
 
 def _docs(task, benchmarks)->tuple:
     "Items of registered data, and where they come from"
+    _check_options(task)
     return DATA[task.data](benchmarks or '', **task.options)
 
 # %% ../nbs/api/06_panel.ipynb #d7ed9971
